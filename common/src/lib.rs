@@ -1,0 +1,18 @@
+//! What Consort's aggregator and its clients must agree on: names and digests, model architectures and
+//! their tensor manifest, the run specification, delta encodings, chunking, learning-rate schedules,
+//! identity and TLS, telemetry.
+//!
+//! This crate serves no sockets, knows no database and never links libtorch.
+#![warn(missing_docs)]
+
+pub mod chunk;
+pub mod codec;
+pub mod identity;
+pub mod ids;
+pub mod model;
+pub mod schedule;
+pub mod spec;
+pub mod telemetry;
+pub mod tls;
+pub mod tokenizer;
+pub mod units;

@@ -1,0 +1,123 @@
+//! GPT-2 (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019): the tensors of
+//! Hugging Face's `GPT2LMHeadModel`, whose projections are stored input-first (`Conv1D`).
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::{CONTEXT_MAX, Init, LAYERS_MAX, TensorSpec, VOCABULARY_MAX, WIDTH_MAX, check_range};
+
+/// Hyper-parameters; keys are those of Hugging Face's `GPT2Config`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Gpt2Config {
+    /// Rows of the embedding; at least the tokenizer's vocabulary.
+    pub vocab_size: usize,
+    /// Longest sequence, in tokens.
+    pub n_positions: usize,
+    /// Width of the residual stream.
+    pub n_embd: usize,
+    /// Number of blocks.
+    pub n_layer: usize,
+    /// Attention heads; must divide `n_embd`.
+    pub n_head: usize,
+    /// Added to the variance in LayerNorm.
+    pub layer_norm_epsilon: f64,
+    /// Standard deviation of initial weights; those that write to the residual stream are divided by
+    /// sqrt(2 x layers).
+    pub initializer_range: f64,
+}
+
+impl Default for Gpt2Config {
+    fn default() -> Self {
+        Self {
+            vocab_size: 257,
+            n_positions: 256,
+            n_embd: 128,
+            n_layer: 4,
+            n_head: 4,
+            layer_norm_epsilon: 1e-5,
+            initializer_range: 0.02,
+        }
+    }
+}
+
+impl Gpt2Config {
+    /// Width of one attention head.
+    pub fn head_dim(&self) -> usize {
+        self.n_embd / self.n_head
+    }
+
+    pub(super) fn tensors(&self) -> Vec<TensorSpec> {
+        let width = self.n_embd;
+        let normal = Init::Normal(self.initializer_range);
+        #[allow(clippy::cast_precision_loss)]
+        let residual = Init::Normal(self.initializer_range / ((2 * self.n_layer) as f64).sqrt());
+
+        let mut tensors = vec![
+            TensorSpec::new("transformer.wte.weight", &[self.vocab_size, width], normal),
+            TensorSpec::new("transformer.wpe.weight", &[self.n_positions, width], normal),
+        ];
+        for layer in 0..self.n_layer {
+            let mut add = |name: &str, shape: &[usize], init| {
+                tensors.push(TensorSpec::new(format!("transformer.h.{layer}.{name}"), shape, init));
+            };
+            add("ln_1.weight", &[width], Init::Ones);
+            add("ln_1.bias", &[width], Init::Zeros);
+            add("attn.c_attn.weight", &[width, 3 * width], normal);
+            add("attn.c_attn.bias", &[3 * width], Init::Zeros);
+            add("attn.c_proj.weight", &[width, width], residual);
+            add("attn.c_proj.bias", &[width], Init::Zeros);
+            add("ln_2.weight", &[width], Init::Ones);
+            add("ln_2.bias", &[width], Init::Zeros);
+            add("mlp.c_fc.weight", &[width, 4 * width], normal);
+            add("mlp.c_fc.bias", &[4 * width], Init::Zeros);
+            add("mlp.c_proj.weight", &[4 * width, width], residual);
+            add("mlp.c_proj.bias", &[width], Init::Zeros);
+        }
+        tensors.push(TensorSpec::new("transformer.ln_f.weight", &[width], Init::Ones));
+        tensors.push(TensorSpec::new("transformer.ln_f.bias", &[width], Init::Zeros));
+        tensors
+    }
+
+    pub(super) fn hugging_face_config(&self) -> serde_json::Value {
+        json!({
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "activation_function": "gelu_new",
+            "attn_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            "initializer_range": self.initializer_range,
+            "layer_norm_epsilon": self.layer_norm_epsilon,
+            "n_embd": self.n_embd,
+            "n_head": self.n_head,
+            "n_inner": null,
+            "n_layer": self.n_layer,
+            "n_positions": self.n_positions,
+            "tie_word_embeddings": true,
+            "torch_dtype": "float32",
+            "use_cache": true,
+            "vocab_size": self.vocab_size,
+        })
+    }
+
+    pub(super) fn problems(&self) -> Vec<(&'static str, String)> {
+        let mut problems = Vec::new();
+        check_range(&mut problems, "vocab_size", self.vocab_size, VOCABULARY_MAX);
+        check_range(&mut problems, "n_positions", self.n_positions, CONTEXT_MAX);
+        check_range(&mut problems, "n_embd", self.n_embd, WIDTH_MAX);
+        check_range(&mut problems, "n_layer", self.n_layer, LAYERS_MAX);
+        check_range(&mut problems, "n_head", self.n_head, WIDTH_MAX);
+        if problems.is_empty() && self.n_embd % self.n_head != 0 {
+            problems.push(("n_head", format!("is {}; must divide n_embd = {}", self.n_head, self.n_embd)));
+        }
+        for (key, value) in
+            [("layer_norm_epsilon", self.layer_norm_epsilon), ("initializer_range", self.initializer_range)]
+        {
+            if !(value.is_finite() && value > 0.0) {
+                problems.push((key, format!("is {value}; must be a positive number")));
+            }
+        }
+        problems
+    }
+}

@@ -1,0 +1,337 @@
+//! The run specification: one TOML file that says everything about a run but what is a site's own.
+//!
+//! It is validated whole ([`RunSpec::parse`] reports every problem with its path), stored with the run,
+//! identified by its BLAKE3, and sent to every client as it is.
+
+mod validate;
+
+use serde::{Deserialize, Serialize};
+
+pub use self::validate::{Problem, SpecError};
+use crate::{
+    chunk::ChunkPlan,
+    codec::Encoding,
+    ids::{Digest, RunName},
+    model::Architecture,
+    schedule::Schedule,
+};
+
+/// Longest specification, in bytes.
+pub const SPEC_BYTES_MAX: usize = 1 << 20;
+
+/// A run, whole.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunSpec {
+    /// Name of the run, unique on its aggregator: a-z, 0-9 and '-', at most 40 characters.
+    pub name: RunName,
+    /// Seed of everything random: initial weights, data order, selection of clients.
+    #[serde(default)]
+    pub seed: u64,
+    /// Rounds to train.
+    pub rounds: u32,
+    /// The architecture and its sizes.
+    pub model: Architecture,
+    /// How text becomes tokens.
+    #[serde(default)]
+    pub tokenizer: TokenizerSpec,
+    /// Local training at the sites.
+    #[serde(default)]
+    pub training: TrainingSpec,
+    /// What the aggregator does with the averaged delta.
+    #[serde(default)]
+    pub outer: OuterSpec,
+    /// Who takes part in a round and how long it may last.
+    #[serde(default)]
+    pub participation: ParticipationSpec,
+    /// How deltas travel.
+    #[serde(default)]
+    pub wire: WireSpec,
+    /// Held-out evaluation at the sites.
+    #[serde(default)]
+    pub evaluation: EvaluationSpec,
+    /// Which global models are kept as checkpoints.
+    #[serde(default)]
+    pub checkpoints: CheckpointSpec,
+}
+
+/// How text becomes tokens.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum TokenizerSpec {
+    /// One token per byte (0 to 255) and `<|endoftext|>` (256): built in.
+    #[default]
+    Byte,
+    /// A Hugging Face `tokenizer.json`, given when the run is created and sent to the sites.
+    File {
+        /// Its path, relative to the specification; read by the CLI only.
+        path: String,
+        /// The token that ends a document, as text.
+        end_of_text: String,
+    },
+}
+
+/// Local training at the sites.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainingSpec {
+    /// Local optimizer steps per round (H in DiLoCo, arXiv 2311.08105).
+    pub local_steps: u32,
+    /// Sequences per optimizer step.
+    pub batch_size: u32,
+    /// Sequences per forward and backward pass; must divide `batch_size`. 0: the whole batch at once.
+    pub micro_batch_size: u32,
+    /// Tokens that a sequence predicts.
+    pub sequence_length: u32,
+    /// Gradients are scaled down to this L2 norm; 0: never.
+    pub gradient_clip: f64,
+    /// What becomes of the local optimizer's moments between rounds.
+    pub optimizer_state: OptimizerState,
+    /// The local optimizer.
+    pub optimizer: OptimizerSpec,
+    /// Learning rate over the run's cumulative steps, as a factor on the optimizer's.
+    pub schedule: Schedule,
+}
+
+impl Default for TrainingSpec {
+    fn default() -> Self {
+        Self {
+            local_steps: 100,
+            batch_size: 16,
+            micro_batch_size: 0,
+            sequence_length: 128,
+            gradient_clip: 1.0,
+            optimizer_state: OptimizerState::default(),
+            optimizer: OptimizerSpec::default(),
+            schedule: Schedule::default(),
+        }
+    }
+}
+
+/// What becomes of the local optimizer's moments between rounds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimizerState {
+    /// They stay at the site and go on in its next round (DiLoCo).
+    #[default]
+    Keep,
+    /// Every round begins with zeros (Photon).
+    Reset,
+}
+
+/// The local optimizer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub enum OptimizerSpec {
+    /// AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2).
+    AdamW {
+        /// Peak learning rate.
+        #[serde(default = "defaults::learning_rate")]
+        learning_rate: f64,
+        /// Decay of the first moment.
+        #[serde(default = "defaults::beta1")]
+        beta1: f64,
+        /// Decay of the second moment.
+        #[serde(default = "defaults::beta2")]
+        beta2: f64,
+        /// Added to the root of the second moment.
+        #[serde(default = "defaults::epsilon")]
+        epsilon: f64,
+        /// Decoupled weight decay of matrices and embeddings, as a factor on the learning rate.
+        #[serde(default = "defaults::weight_decay")]
+        weight_decay: f64,
+    },
+}
+
+mod defaults {
+    pub(super) fn learning_rate() -> f64 {
+        1e-3
+    }
+    pub(super) fn beta1() -> f64 {
+        0.9
+    }
+    pub(super) fn beta2() -> f64 {
+        0.95
+    }
+    pub(super) fn epsilon() -> f64 {
+        1e-8
+    }
+    pub(super) fn weight_decay() -> f64 {
+        0.1
+    }
+}
+
+impl Default for OptimizerSpec {
+    fn default() -> Self {
+        Self::AdamW {
+            learning_rate: defaults::learning_rate(),
+            beta1: defaults::beta1(),
+            beta2: defaults::beta2(),
+            epsilon: defaults::epsilon(),
+            weight_decay: defaults::weight_decay(),
+        }
+    }
+}
+
+/// What the aggregator does with the averaged delta.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OuterSpec {
+    /// The outer optimizer.
+    pub optimizer: OuterOptimizer,
+    /// What a contribution counts.
+    pub weighting: Weighting,
+}
+
+impl Default for OuterSpec {
+    fn default() -> Self {
+        Self { optimizer: OuterOptimizer::Nesterov { learning_rate: 0.7, momentum: 0.9 }, weighting: Weighting::Tokens }
+    }
+}
+
+/// The outer optimizer, over the averaged delta d = mean(local - global).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub enum OuterOptimizer {
+    /// global += d (McMahan et al., arXiv 1602.05629).
+    FedAvg,
+    /// m = momentum x m + d; global += learning_rate x (d + momentum x m) (DiLoCo, arXiv 2311.08105,
+    /// in PyTorch's form of Nesterov momentum).
+    Nesterov {
+        /// Outer learning rate.
+        learning_rate: f64,
+        /// Decay of the momentum.
+        momentum: f64,
+    },
+}
+
+/// What a contribution counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Weighting {
+    /// By the tokens of its assignment.
+    #[default]
+    Tokens,
+    /// All the same.
+    Uniform,
+}
+
+/// Who takes part in a round and how long it may last.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ParticipationSpec {
+    /// A round begins when this many sites are connected and ready.
+    pub minimum_clients: u32,
+    /// Sites selected per round; 0: all that are ready.
+    pub clients_per_round: u32,
+    /// Deltas without which no round is committed; 0: as many as were selected.
+    pub quorum: u32,
+    /// Seconds until a round ends with its quorum, or selects anew without it; 0: no deadline.
+    pub deadline_seconds: u64,
+}
+
+impl Default for ParticipationSpec {
+    fn default() -> Self {
+        Self { minimum_clients: 1, clients_per_round: 0, quorum: 0, deadline_seconds: 0 }
+    }
+}
+
+/// How deltas travel.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct WireSpec {
+    /// Encoding of deltas.
+    pub delta_encoding: Encoding,
+    /// Parameters per chunk.
+    pub chunk_parameters: u32,
+}
+
+impl Default for WireSpec {
+    fn default() -> Self {
+        Self { delta_encoding: Encoding::Fp32, chunk_parameters: 1 << 18 }
+    }
+}
+
+/// Held-out evaluation at the sites.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EvaluationSpec {
+    /// Share of each site's documents that is never trained on, chosen by content.
+    pub held_out_fraction: f64,
+    /// Tokens of held-out text to measure on, per site and version.
+    pub tokens_max: u64,
+    /// Measure every this many rounds (and always version 0 and the last); 0: never.
+    pub every_rounds: u32,
+}
+
+impl Default for EvaluationSpec {
+    fn default() -> Self {
+        Self { held_out_fraction: 0.05, tokens_max: 100_000, every_rounds: 1 }
+    }
+}
+
+/// Which global models are kept as checkpoints.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CheckpointSpec {
+    /// Publish every this many rounds; the last round always is. 0: only the last.
+    pub every_rounds: u32,
+    /// Published checkpoints to keep, newest first; 0: all.
+    pub keep: u32,
+}
+
+impl Default for CheckpointSpec {
+    fn default() -> Self {
+        Self { every_rounds: 1, keep: 3 }
+    }
+}
+
+impl RunSpec {
+    /// Reads and validates a specification.
+    ///
+    /// # Errors
+    /// Every problem found, each with its path, or that the text is not TOML.
+    pub fn parse(toml: &str) -> Result<Self, SpecError> {
+        validate::parse(toml)
+    }
+
+    /// What identifies a specification: BLAKE3 of its text.
+    pub fn digest(toml: &str) -> Digest {
+        Digest::of(toml.as_bytes())
+    }
+
+    /// How the model's vector is cut.
+    pub fn chunk_plan(&self) -> ChunkPlan {
+        ChunkPlan::new(self.model.manifest().parameters(), self.wire.chunk_parameters)
+    }
+
+    /// Steps that every site takes in the whole run, when it takes part in each round.
+    pub fn run_steps(&self) -> u64 {
+        u64::from(self.rounds) * u64::from(self.training.local_steps)
+    }
+
+    /// Tokens that `steps` local steps train.
+    pub fn tokens(&self, steps: u32) -> u64 {
+        u64::from(steps) * u64::from(self.training.batch_size) * u64::from(self.training.sequence_length)
+    }
+
+    /// Sequences per forward and backward pass.
+    pub fn micro_batch_size(&self) -> u32 {
+        match self.training.micro_batch_size {
+            0 => self.training.batch_size,
+            size => size,
+        }
+    }
+
+    /// Whether version `version` is measured on held-out text.
+    pub fn evaluates(&self, version: u32) -> bool {
+        let every = self.evaluation.every_rounds;
+        every != 0 && (version == self.rounds || version.is_multiple_of(every))
+    }
+
+    /// Whether version `version` is published as a checkpoint.
+    pub fn publishes(&self, version: u32) -> bool {
+        let every = self.checkpoints.every_rounds;
+        version == self.rounds || (every != 0 && version != 0 && version.is_multiple_of(every))
+    }
+}

@@ -1,0 +1,71 @@
+//! The built-in byte-level tokenizer as a Hugging Face `tokenizer.json`: 256 byte tokens with the ids 0 to
+//! 255 and `<|endoftext|>` = 256. Sites and checkpoints thus know one tokenizer format only.
+
+use serde_json::{Map, Value, json};
+
+/// Text of the token that ends a document in the byte-level tokenizer.
+pub const BYTE_END_OF_TEXT: &str = "<|endoftext|>";
+/// Its id.
+pub const BYTE_END_OF_TEXT_ID: u32 = 256;
+/// Tokens of the byte-level tokenizer.
+pub const BYTE_VOCABULARY: usize = 257;
+
+/// GPT-2's printable character for each byte: itself where printable, else shifted past 255.
+fn byte_character(byte: u8) -> char {
+    let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
+    if printable(byte) {
+        return char::from(byte);
+    }
+    let shift = (0..byte).filter(|other| !printable(*other)).count();
+    char::from_u32(256 + u32::try_from(shift).unwrap_or_default()).unwrap_or('\u{FFFD}')
+}
+
+/// `tokenizer.json` of the byte-level tokenizer.
+pub fn byte_tokenizer_json() -> String {
+    let mut vocabulary: Map<String, Value> =
+        (0..=255u8).map(|byte| (byte_character(byte).to_string(), json!(byte))).collect();
+    vocabulary.insert(BYTE_END_OF_TEXT.to_owned(), json!(BYTE_END_OF_TEXT_ID));
+    json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": [{
+            "id": BYTE_END_OF_TEXT_ID,
+            "content": BYTE_END_OF_TEXT,
+            "single_word": false,
+            "lstrip": false,
+            "rstrip": false,
+            "normalized": false,
+            "special": true,
+        }],
+        "normalizer": null,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
+        "post_processor": null,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": false},
+        "model": {
+            "type": "BPE",
+            "dropout": null,
+            "unk_token": null,
+            "continuing_subword_prefix": null,
+            "end_of_word_suffix": null,
+            "fuse_unk": false,
+            "byte_fallback": false,
+            "vocab": vocabulary,
+            "merges": [],
+        },
+    })
+    .to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_byte_has_a_character_of_its_own() {
+        let characters: std::collections::BTreeSet<char> = (0..=255).map(byte_character).collect();
+        assert_eq!(characters.len(), 256);
+        assert_eq!(byte_character(b' '), 'Ġ');
+        assert_eq!(byte_character(b'\n'), 'Ċ');
+    }
+}
