@@ -16,16 +16,34 @@ pub(crate) enum ShimError {
     Empty { operation: &'static str },
     /// Lists that belong together differ in length.
     #[error("{operation}: {count} {list}, but {expected} parameters")]
-    Length { operation: &'static str, list: &'static str, count: usize, expected: usize },
+    Length {
+        operation: &'static str,
+        list: &'static str,
+        count: usize,
+        expected: usize,
+    },
     /// A parameter that took no part in the loss has no gradient.
     #[error("{operation}: tensor {index} of the {list} is not defined")]
-    Undefined { operation: &'static str, list: &'static str, index: usize },
+    Undefined {
+        operation: &'static str,
+        list: &'static str,
+        index: usize,
+    },
     /// A tensor does not fit the parameter that it belongs to.
     #[error("{operation}: tensor {index} of the {list} is {found}, expected {expected}")]
-    Form { operation: &'static str, list: &'static str, index: usize, found: String, expected: String },
+    Form {
+        operation: &'static str,
+        list: &'static str,
+        index: usize,
+        found: String,
+        expected: String,
+    },
     /// libtorch refused.
     #[error("{operation}: libtorch failed: {message}")]
-    Libtorch { operation: &'static str, message: String },
+    Libtorch {
+        operation: &'static str,
+        message: String,
+    },
 }
 
 /// AdamW's settings for one step.
@@ -57,7 +75,12 @@ unsafe extern "C" {
         weight_decay: c_double,
         eps: c_double,
     ) -> c_int;
-    fn consort_clip_grad_norm(grads: *const Handle, count: usize, max_norm: c_double, out_norm: *mut Handle) -> c_int;
+    fn consort_clip_grad_norm(
+        grads: *const Handle,
+        count: usize,
+        max_norm: c_double,
+        out_norm: *mut Handle,
+    ) -> c_int;
 }
 
 /// One AdamW step on all `params` at once, in place.
@@ -77,7 +100,11 @@ pub(crate) fn adamw_step(
     const OPERATION: &str = "AdamW step";
     check_defined(OPERATION, "parameters", params)?;
     check_uniform(OPERATION, "parameters", params)?;
-    for (list, tensors) in [("gradients", grads), ("first moments", exp_avgs), ("second moments", exp_avg_sqs)] {
+    for (list, tensors) in [
+        ("gradients", grads),
+        ("first moments", exp_avgs),
+        ("second moments", exp_avg_sqs),
+    ] {
         check_length(OPERATION, list, tensors, params)?;
         check_defined(OPERATION, list, tensors)?;
         for (index, (tensor, param)) in tensors.iter().zip(params).enumerate() {
@@ -87,11 +114,22 @@ pub(crate) fn adamw_step(
     check_length(OPERATION, "steps", steps, params)?;
     check_defined(OPERATION, "steps", steps)?;
     for (index, (step, param)) in steps.iter().zip(params).enumerate() {
-        let expected = Form { kind: Kind::Float, device: param.device(), shape: Vec::new() };
+        let expected = Form {
+            kind: Kind::Float,
+            device: param.device(),
+            shape: Vec::new(),
+        };
         check_form(OPERATION, "steps", index, &Form::of(step), &expected)?;
     }
-    let AdamW { learning_rate, beta1, beta2, weight_decay, epsilon } = *settings;
-    let [params, grads, exp_avgs, exp_avg_sqs, steps] = [params, grads, exp_avgs, exp_avg_sqs, steps].map(handles);
+    let AdamW {
+        learning_rate,
+        beta1,
+        beta2,
+        weight_decay,
+        epsilon,
+    } = *settings;
+    let [params, grads, exp_avgs, exp_avg_sqs, steps] =
+        [params, grads, exp_avgs, exp_avg_sqs, steps].map(handles);
     // SAFETY: each array holds `params.len()` handles of tensors that are borrowed for the
     // whole call and, as checked above, defined; the shim keeps none of them.
     let code = unsafe {
@@ -123,7 +161,8 @@ pub(crate) fn clip_grad_norm(grads: &[Tensor], max_norm: f64) -> Result<Tensor, 
     let mut norm: Handle = std::ptr::null_mut();
     // SAFETY: the array holds `grads.len()` handles of defined tensors, borrowed for the whole
     // call; `norm` is written only on success.
-    let code = unsafe { consort_clip_grad_norm(grads.as_ptr(), grads.len(), max_norm, &raw mut norm) };
+    let code =
+        unsafe { consort_clip_grad_norm(grads.as_ptr(), grads.len(), max_norm, &raw mut norm) };
     check_code(OPERATION, code)?;
     // SAFETY: the call succeeded, so `norm` is a new tensor that nobody else owns.
     Ok(unsafe { Tensor::from_ptr(norm.cast()) })
@@ -139,7 +178,11 @@ struct Form {
 
 impl Form {
     fn of(tensor: &Tensor) -> Self {
-        Self { kind: tensor.kind(), device: tensor.device(), shape: tensor.size() }
+        Self {
+            kind: tensor.kind(),
+            device: tensor.device(),
+            shape: tensor.size(),
+        }
     }
 
     fn describe(&self) -> String {
@@ -148,7 +191,10 @@ impl Form {
 }
 
 fn handles(tensors: &[Tensor]) -> Vec<Handle> {
-    tensors.iter().map(|tensor| tensor.as_ptr().cast_mut().cast()).collect()
+    tensors
+        .iter()
+        .map(|tensor| tensor.as_ptr().cast_mut().cast())
+        .collect()
 }
 
 fn check_length(
@@ -160,23 +206,44 @@ fn check_length(
     if tensors.len() == params.len() {
         return Ok(());
     }
-    Err(ShimError::Length { operation, list, count: tensors.len(), expected: params.len() })
+    Err(ShimError::Length {
+        operation,
+        list,
+        count: tensors.len(),
+        expected: params.len(),
+    })
 }
 
-fn check_defined(operation: &'static str, list: &'static str, tensors: &[Tensor]) -> Result<(), ShimError> {
+fn check_defined(
+    operation: &'static str,
+    list: &'static str,
+    tensors: &[Tensor],
+) -> Result<(), ShimError> {
     match tensors.iter().position(|tensor| !tensor.defined()) {
-        Some(index) => Err(ShimError::Undefined { operation, list, index }),
+        Some(index) => Err(ShimError::Undefined {
+            operation,
+            list,
+            index,
+        }),
         None => Ok(()),
     }
 }
 
 /// One kind and one device for all: a fused kernel knows only one of each.
-fn check_uniform(operation: &'static str, list: &'static str, tensors: &[Tensor]) -> Result<(), ShimError> {
+fn check_uniform(
+    operation: &'static str,
+    list: &'static str,
+    tensors: &[Tensor],
+) -> Result<(), ShimError> {
     let Some(first) = tensors.first() else {
         return Err(ShimError::Empty { operation });
     };
     for (index, tensor) in tensors.iter().enumerate() {
-        let expected = Form { kind: first.kind(), device: first.device(), shape: tensor.size() };
+        let expected = Form {
+            kind: first.kind(),
+            device: first.device(),
+            shape: tensor.size(),
+        };
         check_form(operation, list, index, &Form::of(tensor), &expected)?;
     }
     Ok(())
@@ -192,7 +259,13 @@ fn check_form(
     if found == expected {
         return Ok(());
     }
-    Err(ShimError::Form { operation, list, index, found: found.describe(), expected: expected.describe() })
+    Err(ShimError::Form {
+        operation,
+        list,
+        index,
+        found: found.describe(),
+        expected: expected.describe(),
+    })
 }
 
 fn check_code(operation: &'static str, code: c_int) -> Result<(), ShimError> {
@@ -211,8 +284,13 @@ fn check_code(operation: &'static str, code: c_int) -> Result<(), ShimError> {
 mod tests {
     use super::*;
 
-    const SETTINGS: AdamW =
-        AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.95, weight_decay: 0.1, epsilon: 1e-8 };
+    const SETTINGS: AdamW = AdamW {
+        learning_rate: 1e-2,
+        beta1: 0.9,
+        beta2: 0.95,
+        weight_decay: 0.1,
+        epsilon: 1e-8,
+    };
 
     /// A model of `params` with made-up gradients, and the optimizer's state before step 1.
     struct Model {
@@ -231,26 +309,52 @@ mod tests {
                 .map(|shape| {
                     let count: i64 = shape.iter().product();
                     let values = Tensor::arange(count, (Kind::Double, Device::Cpu)) * 0.25 - 0.6;
-                    values.reshape(shape.as_slice()).to_kind(kind).set_requires_grad(true)
+                    values
+                        .reshape(shape.as_slice())
+                        .to_kind(kind)
+                        .set_requires_grad(true)
                 })
                 .collect();
             let zeros = || params.iter().map(Tensor::zeros_like).collect();
-            let steps = params.iter().map(|_| Tensor::zeros([0_i64; 0], (Kind::Float, Device::Cpu))).collect();
-            Self { grads: zeros(), exp_avgs: zeros(), exp_avg_sqs: zeros(), steps, params }
+            let steps = params
+                .iter()
+                .map(|_| Tensor::zeros([0_i64; 0], (Kind::Float, Device::Cpu)))
+                .collect();
+            Self {
+                grads: zeros(),
+                exp_avgs: zeros(),
+                exp_avg_sqs: zeros(),
+                steps,
+                params,
+            }
         }
 
         /// Gradients that change from step to step and differ between elements.
         fn set_grads(&mut self, step: i32) {
-            self.grads = self.params.iter().map(|param| (param.detach() * 3 + f64::from(step)).sin()).collect();
+            self.grads = self
+                .params
+                .iter()
+                .map(|param| (param.detach() * 3 + f64::from(step)).sin())
+                .collect();
         }
 
         fn step(&self) -> Result<(), ShimError> {
-            adamw_step(&SETTINGS, &self.params, &self.grads, &self.exp_avgs, &self.exp_avg_sqs, &self.steps)
+            adamw_step(
+                &SETTINGS,
+                &self.params,
+                &self.grads,
+                &self.exp_avgs,
+                &self.exp_avg_sqs,
+                &self.steps,
+            )
         }
     }
 
     fn values(tensors: &[Tensor]) -> Vec<f64> {
-        tensors.iter().flat_map(|tensor| Vec::<f64>::try_from(tensor.detach().flatten(0, -1)).unwrap()).collect()
+        tensors
+            .iter()
+            .flat_map(|tensor| Vec::<f64>::try_from(tensor.detach().flatten(0, -1)).unwrap())
+            .collect()
     }
 
     /// AdamW as in arXiv 1711.05101, algorithm 2, in f64, element by element.
@@ -263,11 +367,22 @@ mod tests {
 
     impl Reference {
         fn new(params: Vec<f64>) -> Self {
-            Self { first: vec![0.0; params.len()], second: vec![0.0; params.len()], params, step: 0 }
+            Self {
+                first: vec![0.0; params.len()],
+                second: vec![0.0; params.len()],
+                params,
+                step: 0,
+            }
         }
 
         fn step(&mut self, grads: &[f64]) {
-            let AdamW { learning_rate, beta1, beta2, weight_decay, epsilon } = SETTINGS;
+            let AdamW {
+                learning_rate,
+                beta1,
+                beta2,
+                weight_decay,
+                epsilon,
+            } = SETTINGS;
             self.step += 1;
             for (index, &grad) in grads.iter().enumerate() {
                 self.first[index] = beta1 * self.first[index] + (1.0 - beta1) * grad;
@@ -283,7 +398,10 @@ mod tests {
 
     fn largest_difference(left: &[f64], right: &[f64]) -> f64 {
         assert_eq!(left.len(), right.len());
-        left.iter().zip(right).map(|(left, right)| (left - right).abs()).fold(0.0, f64::max)
+        left.iter()
+            .zip(right)
+            .map(|(left, right)| (left - right).abs())
+            .fold(0.0, f64::max)
     }
 
     fn check_against_reference(kind: Kind, tolerance: f64) {
@@ -316,7 +434,12 @@ mod tests {
         let mut model = Model::new(Kind::Float);
         model.set_grads(1);
         model.step().unwrap();
-        assert!(model.params.iter().all(|param| param.requires_grad() && param.is_leaf()));
+        assert!(
+            model
+                .params
+                .iter()
+                .all(|param| param.requires_grad() && param.is_leaf())
+        );
         assert!(model.exp_avgs.iter().all(|moment| !moment.requires_grad()));
     }
 
@@ -327,7 +450,10 @@ mod tests {
         let before = values(&model.params);
         model.grads.pop();
         let error = model.step().unwrap_err();
-        assert_eq!(error.to_string(), "AdamW step: 2 gradients, but 3 parameters");
+        assert_eq!(
+            error.to_string(),
+            "AdamW step: 2 gradients, but 3 parameters"
+        );
         assert_eq!(values(&model.params), before);
         assert_eq!(values(&model.steps), [0.0; 3]);
     }
@@ -338,7 +464,10 @@ mod tests {
         model.set_grads(1);
         model.grads[1] = Tensor::new();
         let error = model.step().unwrap_err();
-        assert_eq!(error.to_string(), "AdamW step: tensor 1 of the gradients is not defined");
+        assert_eq!(
+            error.to_string(),
+            "AdamW step: tensor 1 of the gradients is not defined"
+        );
     }
 
     #[test]
@@ -355,7 +484,14 @@ mod tests {
         let mut model = Model::new(Kind::Float);
         model.set_grads(1);
         model.steps[2] = model.steps[2].to_kind(Kind::Int64);
-        assert!(matches!(model.step(), Err(ShimError::Form { list: "steps", index: 2, .. })));
+        assert!(matches!(
+            model.step(),
+            Err(ShimError::Form {
+                list: "steps",
+                index: 2,
+                ..
+            })
+        ));
     }
 
     #[test]
@@ -363,13 +499,18 @@ mod tests {
         // Clipping integers passes our checks of form and is libtorch's to refuse.
         let grads = [Tensor::from_slice(&[3_i64, 4])];
         let error = clip_grad_norm(&grads, 1.0).unwrap_err();
-        let ShimError::Libtorch { message, .. } = &error else { panic!("{error}") };
+        let ShimError::Libtorch { message, .. } = &error else {
+            panic!("{error}")
+        };
         assert!(!message.is_empty() && !message.contains('\n'), "{message}");
     }
 
     #[test]
     fn clipping_scales_to_the_norm_and_returns_the_one_before() {
-        let grads = [Tensor::from_slice(&[3.0_f32, 0.0]), Tensor::from_slice(&[[4.0_f32], [12.0]].concat())];
+        let grads = [
+            Tensor::from_slice(&[3.0_f32, 0.0]),
+            Tensor::from_slice(&[[4.0_f32], [12.0]].concat()),
+        ];
         let norm = clip_grad_norm(&grads, 6.5).unwrap();
         assert_eq!(norm.size(), [0_i64; 0]);
         assert!((norm.double_value(&[]) - 13.0).abs() < 1e-5);
@@ -379,7 +520,10 @@ mod tests {
 
     #[test]
     fn clipping_leaves_gradients_below_the_limit_alone() {
-        let grads = [Tensor::from_slice(&[0.1_f32, -0.2]), Tensor::from_slice(&[0.3_f32])];
+        let grads = [
+            Tensor::from_slice(&[0.1_f32, -0.2]),
+            Tensor::from_slice(&[0.3_f32]),
+        ];
         let before = values(&grads);
         let norm = clip_grad_norm(&grads, 1.0).unwrap();
         assert!((norm.double_value(&[]) - 0.14_f64.sqrt()).abs() < 1e-6);
@@ -401,12 +545,20 @@ mod tests {
     fn a_gradient_that_is_not_finite_shows_in_the_norm() {
         for bad in [f32::NAN, f32::INFINITY] {
             let grads = [Tensor::from_slice(&[1.0_f32, bad])];
-            assert!(!clip_grad_norm(&grads, 1.0).unwrap().double_value(&[]).is_finite());
+            assert!(
+                !clip_grad_norm(&grads, 1.0)
+                    .unwrap()
+                    .double_value(&[])
+                    .is_finite()
+            );
         }
     }
 
     #[test]
     fn clipping_nothing_is_an_error() {
-        assert_eq!(clip_grad_norm(&[], 1.0).unwrap_err().to_string(), "gradient clipping: the list of tensors is empty");
+        assert_eq!(
+            clip_grad_norm(&[], 1.0).unwrap_err().to_string(),
+            "gradient clipping: the list of tensors is empty"
+        );
     }
 }
