@@ -499,6 +499,19 @@ fn classify_server_certificate(error: &CertificateError, address: String) -> Con
             address,
             expected: expected.to_str().into_owned(),
             presented: hosts(presented),
+        },
+        CertificateError::ExpiredContext { time, not_after } => ConnectError::ServerCertificateExpired {
+            address,
+            seconds_ago: time.as_secs().saturating_sub(not_after.as_secs()),
+        },
+        CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
+            ConnectError::ServerCertificateNotYetValid { address }
+        }
+        CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
+            ConnectError::NotAnAggregator {
+                address,
+                found: "its certificate is not one for servers".to_owned(),
+            }
         }
         error => ConnectError::ServerCertificate { address, reason: error.to_string() },
     }
