@@ -5,6 +5,7 @@
 //! This crate serves no sockets, knows no database and never links libtorch.
 #![warn(missing_docs)]
 
+pub mod atomic_file;
 pub mod chunk;
 pub mod codec;
 pub mod identity;

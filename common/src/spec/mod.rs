@@ -3,6 +3,7 @@
 //! It is validated whole ([`RunSpec::parse`] reports every problem with its path), stored with the run,
 //! identified by its BLAKE3, and sent to every client as it is.
 
+mod reference;
 mod validate;
 
 use serde::{Deserialize, Serialize};
@@ -56,12 +57,12 @@ pub struct RunSpec {
 }
 
 /// How text becomes tokens.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 pub enum TokenizerSpec {
     /// One token per byte (0 to 255) and `<|endoftext|>` (256): built in.
-    #[default]
-    Byte,
+    // With braces, because serde lets a unit variant pass with unknown keys.
+    Byte {},
     /// A Hugging Face `tokenizer.json`, given when the run is created and sent to the sites.
     File {
         /// Its path, relative to the specification; read by the CLI only.
@@ -69,6 +70,12 @@ pub enum TokenizerSpec {
         /// The token that ends a document, as text.
         end_of_text: String,
     },
+}
+
+impl Default for TokenizerSpec {
+    fn default() -> Self {
+        Self::Byte {}
+    }
 }
 
 /// Local training at the sites.
@@ -194,7 +201,8 @@ impl Default for OuterSpec {
 #[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 pub enum OuterOptimizer {
     /// global += d (McMahan et al., arXiv 1602.05629).
-    FedAvg,
+    // With braces, because serde lets a unit variant pass with unknown keys.
+    FedAvg {},
     /// m = momentum x m + d; global += learning_rate x (d + momentum x m) (DiLoCo, arXiv 2311.08105,
     /// in PyTorch's form of Nesterov momentum).
     Nesterov {
