@@ -1,11 +1,12 @@
 //! TLS for both sides: 1.3 only, certificates on both sides, one federation's CA and no other.
 //!
 //! `mod.rs` loads credentials and makes rustls configurations of them; `dial.rs` opens connections for
-//! clients and says precisely why one could not be opened; `incoming.rs` accepts them for servers. The
-//! cryptography (aws-lc-rs) is passed explicitly: nothing here depends on a process-wide default, and
-//! nothing here can be configured to be weaker.
+//! clients, and `failure.rs` says precisely why one could not be opened; `incoming.rs` accepts them for
+//! servers. The cryptography (aws-lc-rs) is passed explicitly: nothing here depends on a process-wide
+//! default, and nothing here can be configured to be weaker.
 
 mod dial;
+mod failure;
 mod incoming;
 #[cfg(test)]
 mod tests;
@@ -29,9 +30,8 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject};
 use serde::{Deserialize, Serialize};
 
-pub use dial::{
-    AddressError, ConnectError, Refusal, ServerAddress, connect_channel, connect_channel_lazy, dial, explain,
-};
+pub use dial::{AddressError, ServerAddress, connect_channel, connect_channel_lazy, dial};
+pub use failure::{ConnectError, Refusal, explain};
 pub use incoming::{IncomingLimits, PeerInfo, incoming, peer_identity};
 
 use crate::identity::{Federation, Identity, IdentityError, Role, Validity};
