@@ -9,7 +9,7 @@ pub const NAME_CHARACTERS_MAX: usize = 40;
 
 /// Why a text is not a name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{text:?} is not a name: use 1 to {NAME_CHARACTERS_MAX} of a-z, 0-9 and '-', beginning and ending with a letter or digit")]
+#[error("{text:?} is not a name; allowed: 1 to {NAME_CHARACTERS_MAX} of a-z, 0-9 and '-', beginning and ending with a letter or digit")]
 pub struct NameError {
     /// The offending text, cut to a length that can be shown.
     pub text: String,
@@ -74,6 +74,56 @@ name!(
     /// Name of a run, unique on its aggregator.
     RunName
 );
+
+/// Names one computed delta: 16 random bytes, drawn once and kept with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct DeltaId([u8; 16]);
+
+/// Why bytes or text do not name a delta.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("not the id of a delta: expected 16 bytes (32 hexadecimal digits)")]
+pub struct DeltaIdError;
+
+impl DeltaId {
+    /// A new one.
+    pub fn random() -> Self {
+        Self(rand::random())
+    }
+
+    /// The 16 bytes, as messages carry them.
+    pub fn to_vec(&self) -> Vec<u8> {
+        self.0.to_vec()
+    }
+}
+
+impl TryFrom<&[u8]> for DeltaId {
+    type Error = DeltaIdError;
+    fn try_from(bytes: &[u8]) -> Result<Self, DeltaIdError> {
+        bytes.try_into().map(Self).map_err(|_| DeltaIdError)
+    }
+}
+
+impl TryFrom<String> for DeltaId {
+    type Error = DeltaIdError;
+    fn try_from(text: String) -> Result<Self, DeltaIdError> {
+        let plain = text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let number = plain.then(|| u128::from_str_radix(&text, 16).ok()).flatten();
+        number.map(|number| Self(number.to_be_bytes())).ok_or(DeltaIdError)
+    }
+}
+
+impl From<DeltaId> for String {
+    fn from(id: DeltaId) -> String {
+        id.to_string()
+    }
+}
+
+impl fmt::Display for DeltaId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", u128::from_be_bytes(self.0))
+    }
+}
 
 /// A BLAKE3 digest.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -168,6 +218,16 @@ mod tests {
         }
         for bad in ["", "-a", "a-", "A", "a_b", "a/b", "..", "é", &"a".repeat(41)] {
             assert!(bad.parse::<SiteName>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn delta_ids_round_trip_through_text_and_bytes() {
+        let id = DeltaId::random();
+        assert_eq!(DeltaId::try_from(id.to_string()).unwrap(), id);
+        assert_eq!(DeltaId::try_from(id.to_vec().as_slice()).unwrap(), id);
+        for bad in ["", "0", "zz345678901234567890123456789012", "+2345678901234567890123456789012"] {
+            assert!(DeltaId::try_from(bad.to_owned()).is_err(), "{bad}");
         }
     }
 

@@ -57,9 +57,31 @@ pub fn byte_tokenizer_json() -> String {
     .to_string()
 }
 
+/// The id of the token with this text in a `tokenizer.json`: an added token, or one of the model's
+/// vocabulary (a map in BPE, WordPiece and WordLevel; a list of pairs in Unigram).
+pub fn token_id(tokenizer_json: &Value, text: &str) -> Option<u32> {
+    let added = tokenizer_json["added_tokens"].as_array().into_iter().flatten();
+    let added = added.filter(|token| token["content"] == text).find_map(|token| token["id"].as_u64());
+    let vocabulary = &tokenizer_json["model"]["vocab"];
+    let listed = || vocabulary.as_array()?.iter().position(|pair| pair[0] == text).map(|id| id as u64);
+    let id = added.or_else(|| vocabulary[text].as_u64()).or_else(listed)?;
+    u32::try_from(id).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tokens_are_found_by_their_text() {
+        let byte = serde_json::from_str(&byte_tokenizer_json()).unwrap();
+        assert_eq!(token_id(&byte, BYTE_END_OF_TEXT), Some(BYTE_END_OF_TEXT_ID));
+        assert_eq!(token_id(&byte, "A"), Some(65));
+        assert_eq!(token_id(&byte, "AA"), None);
+        let unigram = json!({"model": {"type": "Unigram", "vocab": [["<unk>", 0.0], ["</s>", -1.0]]}});
+        assert_eq!(token_id(&unigram, "</s>"), Some(1));
+        assert_eq!(token_id(&json!(null), "</s>"), None);
+    }
 
     #[test]
     fn each_byte_has_a_character_of_its_own() {
