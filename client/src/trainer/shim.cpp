@@ -1,21 +1,20 @@
-// What libtorch can do and its Rust bindings do not reach: the fused AdamW step and the
-// clipping of gradients, each a few kernels for all tensors of a model instead of a few
-// for each tensor. shim.rs is the only caller.
+// What libtorch can do and its Rust bindings do not reach: the fused AdamW step (a few kernels for
+// all tensors of a model instead of a few for each), gradients that live where we say, and the
+// memory of a GPU. shim.rs is the only caller.
 //
 // Every function returns 0, or 1 after storing what went wrong for consort_last_error():
 // no C++ exception may cross into Rust.
 
+#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/_foreach_add.h>
-#include <ATen/ops/_foreach_mul.h>
-#include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/_fused_adamw.h>
-#include <ATen/ops/linalg_vector_norm.h>
-#include <ATen/ops/stack.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <c10/util/Exception.h>
 
+#include <cstdint>
 #include <exception>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -55,36 +54,33 @@ extern "C" {
 // Valid until the next failing call on the same thread.
 const char* consort_last_error() { return last_error.c_str(); }
 
-// One AdamW step (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2, without amsgrad)
-// on `count` parameters. `steps` holds a float32 scalar for each, which this increments.
+// One AdamW step (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2, without amsgrad) on
+// `count` parameters. `step` is the number of this step, from 1, as a float32 scalar. Where the
+// float32 scalar `skip` is 1, the kernels leave everything as it is.
 int consort_adamw_step(at::Tensor* const* params, at::Tensor* const* grads, at::Tensor* const* exp_avgs,
-                       at::Tensor* const* exp_avg_sqs, at::Tensor* const* steps, size_t count, double lr,
-                       double beta1, double beta2, double weight_decay, double eps) {
+                       at::Tensor* const* exp_avg_sqs, size_t count, const at::Tensor* step,
+                       const at::Tensor* skip, double lr, double beta1, double beta2, double weight_decay,
+                       double eps) {
   return guarded([&] {
-    auto step_tensors = gather(steps, count);
-    // The kernel reads the step count after this step, as bias correction needs it.
-    at::_foreach_add_(step_tensors, 1);
     at::_fused_adamw_(gather(params, count), gather(grads, count), gather(exp_avgs, count),
-                      gather(exp_avg_sqs, count), /*max_exp_avg_sqs=*/{}, step_tensors, lr, beta1, beta2,
-                      weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false);
+                      gather(exp_avg_sqs, count), /*max_exp_avg_sqs=*/{}, std::vector<at::Tensor>(count, *step),
+                      lr, beta1, beta2, weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false,
+                      /*grad_scale=*/std::nullopt, /*found_inf=*/*skip);
   });
 }
 
-// Scales `grads` in place so that their common L2 norm is at most `max_norm`, and stores a
-// new tensor with the norm before that in `*out_norm`, for the caller to free. Nothing is
-// read back from the device, so the host does not wait for it.
-int consort_clip_grad_norm(at::Tensor* const* grads, size_t count, double max_norm, at::Tensor** out_norm) {
+// Makes `gradient` the place where backward passes add up the gradient of the leaf `parameter`.
+int consort_set_gradient(at::Tensor* parameter, const at::Tensor* gradient) {
+  return guarded([&] { parameter->mutable_grad() = *gradient; });
+}
+
+// Free and total memory of a CUDA device, in bytes.
+int consort_cuda_memory(int64_t device, uint64_t* free_bytes, uint64_t* total_bytes) {
   return guarded([&] {
-    auto tensors = gather(grads, count);
-    const auto gradient_type = tensors.at(0).scalar_type();
-    // Norms of half-precision gradients are accumulated and kept in float32.
-    const auto norm_type = gradient_type == at::kDouble ? at::kDouble : at::kFloat;
-    const auto norms = at::_foreach_norm(tensors, /*ord=*/2, norm_type);
-    const auto norm = at::linalg_vector_norm(at::stack(norms), /*ord=*/2);
-    // 1e-6 as in PyTorch's clip_grad_norm_: no division by zero, and equal results.
-    const auto coefficient = norm.add(1e-6).reciprocal().mul(max_norm).clamp_max(1.0);
-    at::_foreach_mul_(tensors, coefficient.to(gradient_type));
-    *out_norm = new at::Tensor(norm);
+    at::globalContext().lazyInitDevice(at::kCUDA);
+    const auto [free, total] = at::getDeviceAllocator(at::kCUDA)->getMemoryInfo(static_cast<c10::DeviceIndex>(device));
+    *free_bytes = free;
+    *total_bytes = total;
   });
 }
 

@@ -1,0 +1,110 @@
+//! Sampling text from the model, with a generator of our own: one seed gives one text.
+
+use std::ops::ControlFlow;
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::{Trainer, error::TrainerError};
+
+/// How the next token is drawn.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampling {
+    /// Divides the logits; 0: always the likeliest token.
+    pub temperature: f64,
+    /// Draws among the likeliest tokens that together have at least this probability (Holtzman et al.,
+    /// arXiv 1904.09751, sec. 3.1); 1: among all.
+    pub top_p: f64,
+    /// Seed of the draws.
+    pub seed: u64,
+}
+
+impl Trainer {
+    /// Continues `prompt` by up to `tokens_max` tokens, each handed to `on_token`, which may end it. What is
+    /// further back than the context is forgotten.
+    ///
+    /// # Errors
+    /// The prompt is empty or has tokens outside the vocabulary.
+    pub fn generate(
+        &self,
+        prompt: &[i64],
+        tokens_max: usize,
+        sampling: Sampling,
+        mut on_token: impl FnMut(i64) -> ControlFlow<()>,
+    ) -> Result<(), TrainerError> {
+        let mut generator = ChaCha8Rng::seed_from_u64(sampling.seed);
+        let mut tokens = prompt.to_vec();
+        for _ in 0..tokens_max {
+            let window = &tokens[tokens.len().saturating_sub(self.context)..];
+            let logits = self.logits(window)?;
+            let last = &logits[logits.len() - self.vocabulary..];
+            let token = draw(last, sampling, generator.random::<f64>());
+            tokens.push(token as i64);
+            if on_token(token as i64).is_break() {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The token that `uniform`, in [0, 1), falls on.
+fn draw(logits: &[f32], sampling: Sampling, uniform: f64) -> usize {
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    // Likeliest first; equals stay in order, so that a draw does not depend on the sort.
+    order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]));
+    let likeliest = order[0];
+    if sampling.temperature <= 0.0 {
+        return likeliest;
+    }
+    let peak = f64::from(logits[likeliest]);
+    let weights: Vec<f64> =
+        order.iter().map(|token| ((f64::from(logits[*token]) - peak) / sampling.temperature).exp()).collect();
+    let total: f64 = weights.iter().sum();
+
+    let mut kept = 0;
+    let mut mass = 0.0;
+    while kept < weights.len() && (kept == 0 || mass < sampling.top_p * total) {
+        mass += weights[kept];
+        kept += 1;
+    }
+    let mut rest = uniform * mass;
+    for (token, weight) in order[..kept].iter().zip(&weights) {
+        rest -= weight;
+        if rest < 0.0 {
+            return *token;
+        }
+    }
+    order[kept - 1]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Probabilities 0.5, 0.3, 0.2.
+    const LOGITS: [f32; 3] = [-1.203_973, -std::f32::consts::LN_2, -1.609_438];
+
+    #[track_caller]
+    fn check(temperature: f64, top_p: f64, expected: [usize; 4]) {
+        let sampling = Sampling { temperature, top_p, seed: 0 };
+        assert_eq!([0.0, 0.45, 0.7, 0.999].map(|uniform| draw(&LOGITS, sampling, uniform)), expected);
+    }
+
+    #[test]
+    fn draws_follow_the_probabilities() {
+        check(1.0, 1.0, [1, 1, 0, 2]);
+    }
+
+    #[test]
+    fn temperature_zero_takes_the_likeliest() {
+        check(0.0, 1.0, [1, 1, 1, 1]);
+    }
+
+    #[test]
+    fn top_p_draws_among_the_likeliest_only() {
+        check(1.0, 0.4, [1, 1, 1, 1]);
+        check(1.0, 0.6, [1, 1, 0, 0]);
+        check(1.0, 0.0, [1, 1, 1, 1]);
+    }
+}

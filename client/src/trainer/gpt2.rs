@@ -1,0 +1,136 @@
+//! GPT-2 (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019), in the order of the
+//! forward pass. Computes what Hugging Face's `GPT2LMHeadModel` does.
+
+use consort_common::model::Gpt2Config;
+use tch::{Device, Kind, TchError, Tensor};
+
+use super::{
+    error::{Doing, TrainerError},
+    parameters::Parameters,
+};
+
+pub(super) struct Gpt2 {
+    heads: i64,
+    head: i64,
+    epsilon: f64,
+    /// `[vocabulary, width]`; also the output projection.
+    embedding: Tensor,
+    /// `[context, width]`.
+    positions: Tensor,
+    /// 0, 1, ... up to the context length.
+    indices: Tensor,
+    blocks: Vec<Block>,
+    norm: Norm,
+}
+
+struct Block {
+    attention_norm: Norm,
+    query_key_value: Projection,
+    attention_output: Projection,
+    feed_forward_norm: Norm,
+    widen: Projection,
+    narrow: Projection,
+}
+
+struct Norm {
+    gain: Tensor,
+    bias: Tensor,
+}
+
+/// Stored input-first: `[in, out]` (Hugging Face's `Conv1D`).
+struct Projection {
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl Gpt2 {
+    pub(super) fn new(
+        config: &Gpt2Config,
+        parameters: &Parameters,
+        device: Device,
+    ) -> Result<Self, TrainerError> {
+        let leaf = |name: String| parameters.leaf(&name);
+        let norm = |name: &str| {
+            Ok::<_, TrainerError>(Norm {
+                gain: leaf(format!("transformer.{name}.weight"))?,
+                bias: leaf(format!("transformer.{name}.bias"))?,
+            })
+        };
+        let projection = |name: &str| {
+            Ok::<_, TrainerError>(Projection {
+                weight: leaf(format!("transformer.{name}.weight"))?,
+                bias: leaf(format!("transformer.{name}.bias"))?,
+            })
+        };
+        let block = |layer| {
+            Ok(Block {
+                attention_norm: norm(&format!("h.{layer}.ln_1"))?,
+                query_key_value: projection(&format!("h.{layer}.attn.c_attn"))?,
+                attention_output: projection(&format!("h.{layer}.attn.c_proj"))?,
+                feed_forward_norm: norm(&format!("h.{layer}.ln_2"))?,
+                widen: projection(&format!("h.{layer}.mlp.c_fc"))?,
+                narrow: projection(&format!("h.{layer}.mlp.c_proj"))?,
+            })
+        };
+        let context = config.n_positions as i64;
+        Ok(Self {
+            heads: config.n_head as i64,
+            head: config.head_dim() as i64,
+            epsilon: config.layer_norm_epsilon,
+            embedding: parameters.leaf("transformer.wte.weight")?,
+            positions: parameters.leaf("transformer.wpe.weight")?,
+            indices: Tensor::f_arange(context, (Kind::Int64, device)).doing("counting the positions")?,
+            blocks: (0..config.n_layer).map(block).collect::<Result<_, TrainerError>>()?,
+            norm: norm("ln_f")?,
+        })
+    }
+
+    /// Tokens `[batch, time]` to logits `[batch, time, vocabulary]`.
+    pub(super) fn forward(&self, tokens: &Tensor) -> Result<Tensor, TchError> {
+        let (_, time) = tokens.size2()?;
+        let positions =
+            Tensor::f_embedding(&self.positions, &self.indices.f_narrow(0, 0, time)?, -1, false, false)?;
+        let mut x = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?.f_add(&positions)?;
+        for block in &self.blocks {
+            x = x.f_add(&self.attention(block, &block.attention_norm.apply(&x, self.epsilon)?)?)?;
+            x = x.f_add(&Self::feed_forward(block, &block.feed_forward_norm.apply(&x, self.epsilon)?)?)?;
+        }
+        self.norm.apply(&x, self.epsilon)?.f_linear(&self.embedding, None::<&Tensor>)
+    }
+
+    fn attention(&self, block: &Block, x: &Tensor) -> Result<Tensor, TchError> {
+        let (batch, time, width) = x.size3()?;
+        let heads = block.query_key_value.apply(x)?.f_view([batch, time, 3 * self.heads, self.head])?;
+        // [batch, time, 3 heads, head] -> three of [batch, heads, time, head].
+        let heads = heads.f_transpose(1, 2)?.f_chunk(3, 1)?;
+        let mixed = Tensor::f_scaled_dot_product_attention(
+            &heads[0],
+            &heads[1],
+            &heads[2],
+            None::<&Tensor>,
+            /* dropout_p: */ 0.0,
+            /* is_causal: */ true,
+            /* scale, 1 / sqrt(head): */ None,
+            /* enable_gqa: */ false,
+        )?;
+        block.attention_output.apply(&mixed.f_transpose(1, 2)?.f_reshape([batch, time, width])?)
+    }
+
+    /// With GELU in its tanh approximation (Hendrycks and Gimpel, arXiv 1606.08415, sec. 2).
+    fn feed_forward(block: &Block, x: &Tensor) -> Result<Tensor, TchError> {
+        block.narrow.apply(&block.widen.apply(x)?.f_gelu("tanh")?)
+    }
+}
+
+impl Norm {
+    /// LayerNorm (Ba et al., arXiv 1607.06450, eq. 4).
+    fn apply(&self, x: &Tensor, epsilon: f64) -> Result<Tensor, TchError> {
+        x.f_layer_norm(self.gain.size(), Some(&self.gain), Some(&self.bias), epsilon, true)
+    }
+}
+
+impl Projection {
+    fn apply(&self, x: &Tensor) -> Result<Tensor, TchError> {
+        x.f_linear(&self.weight.f_transpose(0, 1)?, Some(&self.bias))
+    }
+}

@@ -1,0 +1,166 @@
+//! LLaMA (Touvron et al., arXiv 2302.13971) with grouped-query attention (Ainslie et al., arXiv
+//! 2305.13245), in the order of the forward pass. Computes what Hugging Face's `LlamaForCausalLM` does.
+
+use consort_common::model::LlamaConfig;
+use tch::{Device, TchError, Tensor};
+
+use super::{
+    error::{Doing, TrainerError},
+    parameters::Parameters,
+};
+
+pub(super) struct Llama {
+    /// Heads of the queries; of the keys, and as many of the values; width of each.
+    queries: i64,
+    keys: i64,
+    head: i64,
+    epsilon: f64,
+    /// `[vocabulary, width]`.
+    embedding: Tensor,
+    rotary: Rotary,
+    blocks: Vec<Block>,
+    norm: Tensor,
+    /// `[vocabulary, width]`; the embedding itself when tied.
+    output: Tensor,
+}
+
+struct Block {
+    attention_norm: Tensor,
+    /// `[(queries + 2 keys) x head, width]`: lying next to each other, the three projections are one matrix.
+    query_key_value: Tensor,
+    attention_output: Tensor,
+    feed_forward_norm: Tensor,
+    /// `[2 inner, width]`.
+    gate_up: Tensor,
+    down: Tensor,
+}
+
+impl Llama {
+    pub(super) fn new(
+        config: &LlamaConfig,
+        parameters: &Parameters,
+        device: Device,
+    ) -> Result<Self, TrainerError> {
+        let embedding = parameters.leaf("model.embed_tokens.weight")?;
+        let block = |layer| {
+            let name = |name: &str| format!("model.layers.{layer}.{name}.weight");
+            let leaf = |part: &str| parameters.leaf(&name(part));
+            let joined = |parts: &[&str]| {
+                let names: Vec<String> = parts.iter().map(|part| name(part)).collect();
+                parameters.joined(&names.iter().map(String::as_str).collect::<Vec<_>>())
+            };
+            Ok(Block {
+                attention_norm: leaf("input_layernorm")?,
+                query_key_value: joined(&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"])?,
+                attention_output: leaf("self_attn.o_proj")?,
+                feed_forward_norm: leaf("post_attention_layernorm")?,
+                gate_up: joined(&["mlp.gate_proj", "mlp.up_proj"])?,
+                down: leaf("mlp.down_proj")?,
+            })
+        };
+        let output = if config.tie_word_embeddings {
+            embedding.shallow_clone()
+        } else {
+            parameters.leaf("lm_head.weight")?
+        };
+        Ok(Self {
+            queries: config.num_attention_heads as i64,
+            keys: config.num_key_value_heads as i64,
+            head: config.head_dim() as i64,
+            epsilon: config.rms_norm_eps,
+            embedding,
+            rotary: Rotary::new(config, device).doing("computing the rotary positions")?,
+            blocks: (0..config.num_hidden_layers).map(block).collect::<Result<_, TrainerError>>()?,
+            norm: parameters.leaf("model.norm.weight")?,
+            output,
+        })
+    }
+
+    /// Tokens `[batch, time]` to logits `[batch, time, vocabulary]`.
+    pub(super) fn forward(&self, tokens: &Tensor) -> Result<Tensor, TchError> {
+        let mut x = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?;
+        for block in &self.blocks {
+            x = x.f_add(&self.attention(block, &self.rms_norm(&x, &block.attention_norm)?)?)?;
+            x = x.f_add(&Self::feed_forward(block, &self.rms_norm(&x, &block.feed_forward_norm)?)?)?;
+        }
+        self.rms_norm(&x, &self.norm)?.f_linear(&self.output, None::<&Tensor>)
+    }
+
+    /// x / sqrt(mean(x^2) + epsilon) x gain (Zhang and Sennrich, arXiv 1910.07467, eq. 4).
+    fn rms_norm(&self, x: &Tensor, gain: &Tensor) -> Result<Tensor, TchError> {
+        x.f_rms_norm(gain.size(), Some(gain), self.epsilon)
+    }
+
+    fn attention(&self, block: &Block, x: &Tensor) -> Result<Tensor, TchError> {
+        let (batch, time, _) = x.size3()?;
+        let heads = [batch, time, self.queries + 2 * self.keys, self.head];
+        let heads = x.f_linear(&block.query_key_value, None::<&Tensor>)?.f_view(heads)?;
+        let turned = self.rotary.turn(&heads.f_narrow(2, 0, self.queries + self.keys)?)?;
+        // [batch, time, heads, head] -> [batch, heads, time, head].
+        let query = turned.f_narrow(2, 0, self.queries)?.f_transpose(1, 2)?;
+        let key = turned.f_narrow(2, self.queries, self.keys)?.f_transpose(1, 2)?;
+        let value = heads.f_narrow(2, self.queries + self.keys, self.keys)?.f_transpose(1, 2)?;
+        let grouped = self.keys != self.queries;
+        let mixed = Tensor::f_scaled_dot_product_attention(
+            &query,
+            &key,
+            &value,
+            None::<&Tensor>,
+            /* dropout_p: */ 0.0,
+            /* is_causal: */ true,
+            /* scale, 1 / sqrt(head): */ None,
+            /* enable_gqa: */ grouped,
+        )?;
+        let mixed = mixed.f_transpose(1, 2)?.f_reshape([batch, time, self.queries * self.head])?;
+        mixed.f_linear(&block.attention_output, None::<&Tensor>)
+    }
+
+    /// SwiGLU (Shazeer, arXiv 2002.05202, eq. 6): down(silu(gate(x)) x up(x)).
+    fn feed_forward(block: &Block, x: &Tensor) -> Result<Tensor, TchError> {
+        let both = x.f_linear(&block.gate_up, None::<&Tensor>)?.f_chunk(2, -1)?;
+        both[0].f_silu()?.f_mul(&both[1])?.f_linear(&block.down, None::<&Tensor>)
+    }
+}
+
+/// Rotary position embedding (Su et al., arXiv 2104.09864, eq. 34) in Hugging Face's convention, which pairs
+/// component i with component i + head/2: x cos + rotate_half(x) sin, where rotate_half(a | b) = (-b | a).
+struct Rotary {
+    /// `[context, 1, head]`.
+    cosines: Tensor,
+    /// `[context, 1, head]`, negated in the first half: so the halves need only be swapped.
+    sines: Tensor,
+    half: i64,
+}
+
+impl Rotary {
+    /// Angles are computed in f32, as there: in f64 they would differ from it by more than an ulp in long
+    /// contexts.
+    #[allow(clippy::cast_possible_truncation, clippy::cast_precision_loss)]
+    fn new(config: &LlamaConfig, device: Device) -> Result<Self, TchError> {
+        let (context, head) = (config.max_position_embeddings, config.head_dim());
+        let half = head / 2;
+        let frequency = |pair: usize| config.rope_theta.powf(-((2 * pair) as f64) / head as f64) as f32;
+        let angle =
+            |position: usize, component: usize| f64::from(position as f32 * frequency(component % half));
+        let table = |value: &dyn Fn(usize, usize) -> f64| {
+            let values =
+                (0..context).flat_map(|position| (0..head).map(move |component| (position, component)));
+            let values: Vec<f32> =
+                values.map(|(position, component)| value(position, component) as f32).collect();
+            Tensor::f_from_slice(&values)?.f_view([context as i64, 1, head as i64])?.f_to_device(device)
+        };
+        let cosines = table(&|position, component| angle(position, component).cos())?;
+        let sines = table(&|position, component| {
+            let sine = angle(position, component).sin();
+            if component < half { -sine } else { sine }
+        })?;
+        Ok(Self { cosines, sines, half: half as i64 })
+    }
+
+    /// `[batch, time, heads, head]`, whose first position is 0.
+    fn turn(&self, x: &Tensor) -> Result<Tensor, TchError> {
+        let (_, time, _, _) = x.size4()?;
+        let swapped = x.f_roll([self.half], [-1])?;
+        x.f_mul(&self.cosines.f_narrow(0, 0, time)?)?.f_addcmul(&swapped, &self.sines.f_narrow(0, 0, time)?)
+    }
+}

@@ -1,0 +1,123 @@
+//! All parameters in one flat fp32 tensor on the device, in the manifest's order, and their gradients in
+//! another.
+//!
+//! What the model computes with are leaf views of the first, whose gradients are views of the second. So a
+//! model is loaded and read out by one copy, and the norm, the clipping and the clearing of the gradient
+//! are one kernel each. This module owns every copy of numbers between host and device vectors and checks
+//! their lengths: libtorch does not.
+
+use consort_common::model::{Manifest, TensorSpec};
+use tch::{Device, Kind, TchError, Tensor};
+
+use super::{
+    error::{Doing, TrainerError},
+    shim,
+};
+
+pub(super) struct Parameters {
+    tensors: Vec<TensorSpec>,
+    /// `[parameters]`; never requires gradients itself.
+    pub(super) values: Tensor,
+    /// `[parameters]`.
+    pub(super) gradients: Tensor,
+}
+
+impl Parameters {
+    /// Zeros, until [`Parameters::load`].
+    pub(super) fn new(manifest: &Manifest, device: Device) -> Result<Self, TrainerError> {
+        let count = i64::try_from(manifest.parameters())
+            .map_err(|_| TrainerError::Settings("it has more parameters than fit an address".to_owned()))?;
+        Ok(Self {
+            tensors: manifest.tensors().to_vec(),
+            values: zeros(count, device)?,
+            gradients: zeros(count, device)?,
+        })
+    }
+
+    /// The tensor `name` as a leaf in its shape. To be called once per name.
+    pub(super) fn leaf(&self, name: &str) -> Result<Tensor, TrainerError> {
+        self.joined(&[name])
+    }
+
+    /// Tensors that lie next to each other, as one leaf: joined along their first dimension. To be called
+    /// once per name.
+    pub(super) fn joined(&self, names: &[&str]) -> Result<Tensor, TrainerError> {
+        let missing = || TrainerError::Settings(format!("the manifest has no tensors {names:?} in a row"));
+        let first =
+            names.first().and_then(|name| self.tensors.iter().position(|tensor| tensor.name == *name));
+        let first = first.ok_or_else(missing)?;
+        let run = self.tensors.get(first..first + names.len()).ok_or_else(missing)?;
+        let inner = &run[0].shape[1..];
+        if run.iter().zip(names).any(|(tensor, name)| tensor.name != *name || tensor.shape[1..] != *inner) {
+            return Err(missing());
+        }
+
+        let offset: usize = self.tensors[..first].iter().map(TensorSpec::parameters).sum();
+        let length: usize = run.iter().map(TensorSpec::parameters).sum();
+        let rows = run.iter().map(|tensor| tensor.shape[0]).sum::<usize>();
+        let shape: Vec<i64> = std::iter::once(&rows).chain(inner).map(|size| *size as i64).collect();
+        let view = |flat: &Tensor| {
+            flat.f_narrow(0, offset as i64, length as i64)?.f_view(shape.as_slice())?.f_detach()
+        };
+        let leaf = view(&self.values)
+            .and_then(|leaf| leaf.f_set_requires_grad(true))
+            .doing("placing a parameter")?;
+        let gradient = view(&self.gradients).doing("placing a gradient")?;
+        shim::set_gradient(&leaf, &gradient)?;
+        Ok(leaf)
+    }
+
+    /// The flat vector cut where weight decay begins or ends: (offset, length, whether it decays).
+    pub(super) fn spans(&self) -> Vec<(i64, i64, bool)> {
+        let mut spans: Vec<(i64, i64, bool)> = Vec::new();
+        let mut offset = 0;
+        for tensor in &self.tensors {
+            let length = tensor.parameters() as i64;
+            match spans.last_mut() {
+                Some((_, last, decays)) if *decays == tensor.decays() => *last += length,
+                _ => spans.push((offset, length, tensor.decays())),
+            }
+            offset += length;
+        }
+        spans
+    }
+
+    pub(super) fn load(&mut self, flat: &[f32]) -> Result<(), TrainerError> {
+        copy_in(&mut self.values, flat, "loading the model")
+    }
+
+    pub(super) fn clear_gradients(&mut self) -> Result<(), TrainerError> {
+        self.gradients.f_zero_().doing("clearing the gradient").map(drop)
+    }
+}
+
+/// A flat fp32 vector of zeros.
+pub(super) fn zeros(count: i64, device: Device) -> Result<Tensor, TrainerError> {
+    Tensor::f_zeros([count], (Kind::Float, device)).doing("allocating the model")
+}
+
+/// Copies `values` into the flat tensor `target`, wherever it is. Waits for the device.
+pub(super) fn copy_in(target: &mut Tensor, values: &[f32], what: &'static str) -> Result<(), TrainerError> {
+    check_length(target, values.len(), what)?;
+    let no_grad = tch::no_grad_guard();
+    // SAFETY: the tensor borrows `values` for no longer than this function, reads only, and the copy is over
+    // when `f_copy_` returns. Its length is that of the slice.
+    let host = unsafe {
+        let data = values.as_ptr().cast();
+        Tensor::f_from_blob(data, &[values.len() as i64], &[1], Kind::Float, Device::Cpu)
+    };
+    let copied: Result<(), TchError> = host.and_then(|host| target.f_copy_(&host));
+    drop(no_grad);
+    copied.doing(what)
+}
+
+/// Copies the flat tensor `source` into `values`. Waits for the device.
+pub(super) fn copy_out(source: &Tensor, values: &mut [f32], what: &'static str) -> Result<(), TrainerError> {
+    check_length(source, values.len(), what)?;
+    source.f_copy_data(values, values.len()).doing(what)
+}
+
+fn check_length(tensor: &Tensor, found: usize, what: &'static str) -> Result<(), TrainerError> {
+    let expected = tensor.numel();
+    if found == expected { Ok(()) } else { Err(TrainerError::Length { what, found, expected }) }
+}

@@ -1,0 +1,301 @@
+//! One optimizer step: batch, forward, backward, clip, update. Nothing in it waits for the device.
+
+use consort_common::{model::Architecture, schedule::Schedule, spec::TrainingSpec};
+use tch::{Device, Kind, Reduction, Tensor};
+
+use super::{
+    Model,
+    device::upload,
+    error::{Doing, TrainerError},
+    optimizer::{Moments, Optimizer},
+    parameters::{Parameters, copy_out},
+    zero,
+};
+
+/// One model in training, on one device. All its tensors belong to the thread that calls it.
+pub struct Trainer {
+    pub(super) model: Model,
+    pub(super) device: Device,
+    /// Rows of the embedding; tokens are below it.
+    pub(super) vocabulary: usize,
+    /// Longest sequence, in tokens.
+    pub(super) context: usize,
+    /// Sequences per forward pass.
+    pub(super) micro_batch: usize,
+    parameters: Parameters,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    run_steps: u64,
+    batch: usize,
+    /// Tokens that a sequence predicts.
+    sequence: usize,
+    gradient_clip: f64,
+    totals: Totals,
+}
+
+/// What the steps since the last reading add up to. The sums are on the device: reading them is the one
+/// time that the host waits for it.
+struct Totals {
+    /// f64 `[2]`: loss over the steps with an update, and the number of those.
+    sums: Tensor,
+    steps: u64,
+    /// The run's cumulative step that was tried last.
+    step: u64,
+    /// Steps without an update, over the trainer's life, as of the last reading.
+    skipped: u64,
+}
+
+/// What is known of a step before the device has made it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepOutcome {
+    /// Tokens that it trains.
+    pub tokens: u64,
+    /// The learning rate used.
+    pub learning_rate: f64,
+}
+
+impl Trainer {
+    /// A trainer with zeroed parameters ([`Trainer::load`] comes next) and moments. `run_steps` is the
+    /// number of optimizer steps in the whole run, over which the schedule extends.
+    ///
+    /// # Errors
+    /// The settings contradict each other, or the device's memory does not suffice.
+    pub fn new(
+        architecture: &Architecture,
+        training: &TrainingSpec,
+        run_steps: u64,
+        device: Device,
+    ) -> Result<Self, TrainerError> {
+        let [batch, micro_batch, sequence] =
+            [training.batch_size, training.micro_batch_size, training.sequence_length]
+                .map(|size| size as usize);
+        let micro_batch = if micro_batch == 0 { batch } else { micro_batch };
+        if batch == 0 || batch % micro_batch != 0 {
+            let problem = format!("micro_batch_size {micro_batch} does not divide batch_size {batch}");
+            return Err(TrainerError::Settings(problem));
+        }
+        if sequence == 0 || sequence > architecture.context_length() {
+            let context = architecture.context_length();
+            let problem =
+                format!("sequence_length is {sequence}, allowed: 1 to the model's context of {context}");
+            return Err(TrainerError::Settings(problem));
+        }
+        let (model, parameters) = Model::new(architecture, device)?;
+        let optimizer = Optimizer::new(&training.optimizer, &parameters, device)?;
+        let sums = Tensor::f_zeros([2], (Kind::Double, device)).doing("allocating the loss")?;
+        Ok(Self {
+            model,
+            device,
+            vocabulary: architecture.vocab_size(),
+            context: architecture.context_length(),
+            micro_batch,
+            parameters,
+            optimizer,
+            schedule: training.schedule.clone(),
+            run_steps,
+            batch,
+            sequence,
+            gradient_clip: training.gradient_clip,
+            totals: Totals { sums, steps: 0, step: 0, skipped: 0 },
+        })
+    }
+
+    /// Takes over a flat vector of parameters; the moments stay.
+    ///
+    /// # Errors
+    /// Its length is not the model's.
+    pub fn load(&mut self, flat: &[f32]) -> Result<(), TrainerError> {
+        self.parameters.load(flat)
+    }
+
+    /// The flat vector of parameters. Waits for the device.
+    ///
+    /// # Errors
+    /// libtorch failed.
+    pub fn parameters(&self) -> Result<Vec<f32>, TrainerError> {
+        let mut flat = vec![0.0; self.parameters.values.numel()];
+        self.parameters_into(&mut flat)?;
+        Ok(flat)
+    }
+
+    /// The flat vector of parameters, into a vector of the model's length. Waits for the device.
+    ///
+    /// # Errors
+    /// Its length is not the model's.
+    pub fn parameters_into(&self, flat: &mut [f32]) -> Result<(), TrainerError> {
+        copy_out(&self.parameters.values, flat, "reading the parameters")
+    }
+
+    /// The optimizer's state. Waits for the device.
+    ///
+    /// # Errors
+    /// libtorch failed.
+    pub fn moments(&self) -> Result<Moments, TrainerError> {
+        self.optimizer.moments()
+    }
+
+    /// Takes over the optimizer's state.
+    ///
+    /// # Errors
+    /// Its length is not the model's.
+    pub fn load_moments(&mut self, moments: &Moments) -> Result<(), TrainerError> {
+        self.optimizer.load_moments(moments)
+    }
+
+    /// Sets the optimizer's state to that before the first step.
+    ///
+    /// # Errors
+    /// libtorch failed.
+    pub fn reset_moments(&mut self) -> Result<(), TrainerError> {
+        self.optimizer.reset_moments()
+    }
+
+    /// The device, for people.
+    pub fn device(&self) -> String {
+        super::describe(self.device)
+    }
+
+    /// One optimizer step on `batch`, `[batch_size, sequence_length + 1]` row by row; `global_step` is the
+    /// run's cumulative step, from 0. Where the loss or the gradient is not finite, the device leaves
+    /// parameters and moments as they are.
+    ///
+    /// # Errors
+    /// After any, parameters and moments are those before the step. `cancelled` is asked before each
+    /// micro-batch.
+    pub fn step(
+        &mut self,
+        batch: &[i64],
+        global_step: u64,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<StepOutcome, TrainerError> {
+        let length = self.sequence + 1;
+        if batch.len() != self.batch * length {
+            let expected = format!("{} sequences of {length}", self.batch);
+            return Err(TrainerError::Tokens { what: "the batch", found: batch.len(), expected });
+        }
+        self.check_vocabulary(batch)?;
+        let tokens =
+            upload(batch, &[self.batch as i64, length as i64], self.device).doing("uploading a batch")?;
+
+        self.parameters.clear_gradients()?;
+        let micro_batches = tokens.f_split(self.micro_batch as i64, 0).doing("splitting a batch")?;
+        let mut loss = zero(Kind::Float, self.device).doing("summing the loss")?;
+        for micro_batch in &micro_batches {
+            if cancelled() {
+                return Err(TrainerError::Cancelled);
+            }
+            let share = self.model.loss(micro_batch, Reduction::Mean).doing("computing the loss")?;
+            let share = share.f_div_scalar(micro_batches.len() as i64).doing("computing the loss")?;
+            share.f_backward().doing("computing the gradient")?;
+            loss = loss.f_add(&share.detach()).doing("summing the loss")?;
+        }
+
+        let skip = self.clip_gradient(&loss)?;
+        let factor = self.schedule.factor(global_step, self.run_steps);
+        let learning_rate = self.optimizer.step(factor, &skip)?;
+        self.totals.add(&loss, &skip, global_step).doing("summing the loss")?;
+        Ok(StepOutcome { tokens: (self.batch * self.sequence) as u64, learning_rate })
+    }
+
+    /// Scales the gradient to at most the L2 norm that the settings give. Returns 1 where the update must be
+    /// skipped because loss or gradient are not finite, else 0, as a float scalar on the device.
+    fn clip_gradient(&mut self, loss: &Tensor) -> Result<Tensor, TrainerError> {
+        let mut clip = || {
+            let norm = self.parameters.gradients.f_norm()?;
+            if self.gradient_clip > 0.0 {
+                // 1e-6 as in PyTorch's clip_grad_norm_: no division by zero, and equal results.
+                let scale = norm.f_add_scalar(1e-6)?.f_reciprocal()?.f_mul_scalar(self.gradient_clip)?;
+                let _ = self.parameters.gradients.f_mul_(&scale.f_clamp_max(1.0)?)?;
+            }
+            norm.f_add(loss)?.f_isfinite()?.f_logical_not()?.f_to_kind(Kind::Float)
+        };
+        clip().doing("clipping the gradient")
+    }
+
+    /// The mean loss, in nats per token, over the steps since the last call; `None` if there were none. The
+    /// one call of the training loop that waits for the device.
+    ///
+    /// # Errors
+    /// [`TrainerError::Diverged`] if not one of these steps made an update.
+    pub fn take_loss(&mut self) -> Result<Option<f64>, TrainerError> {
+        let totals = &mut self.totals;
+        let steps = std::mem::take(&mut totals.steps);
+        if steps == 0 {
+            return Ok(None);
+        }
+        let mut sums = [0.0_f64; 2];
+        totals.sums.f_copy_data(&mut sums, 2).doing("reading the loss")?;
+        let _ = totals.sums.f_zero_().doing("reading the loss")?;
+        let [loss, updates] = sums;
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        let skipped = steps.saturating_sub(updates as u64);
+        totals.skipped += skipped;
+        if skipped == steps {
+            return Err(TrainerError::Diverged { step: totals.step, steps });
+        }
+        if skipped > 0 {
+            tracing::warn!(
+                skipped,
+                steps,
+                up_to_step = totals.step,
+                "skipped steps whose loss or gradient was not finite"
+            );
+        }
+        Ok(Some(loss / updates))
+    }
+
+    /// Steps that made no update because their loss or gradient was not finite, over the trainer's life, as
+    /// of the last [`Trainer::take_loss`].
+    pub fn skipped_steps(&self) -> u64 {
+        self.totals.skipped
+    }
+
+    /// An index outside the embedding would, on a GPU, stop the whole device.
+    pub(super) fn check_vocabulary(&self, tokens: &[i64]) -> Result<(), TrainerError> {
+        let allowed = 0..self.vocabulary as i64;
+        match tokens.iter().find(|token| !allowed.contains(token)) {
+            Some(token) => Err(TrainerError::Vocabulary { token: *token, vocabulary: self.vocabulary }),
+            None => Ok(()),
+        }
+    }
+
+    /// The gradient that the last step used, for tests: after clipping.
+    #[cfg(test)]
+    pub(super) fn gradient(&self) -> Vec<f32> {
+        let mut flat = vec![0.0; self.parameters.gradients.numel()];
+        copy_out(&self.parameters.gradients, &mut flat, "reading the gradient").unwrap();
+        flat
+    }
+}
+
+impl Totals {
+    fn add(&mut self, loss: &Tensor, skip: &Tensor, step: u64) -> Result<(), tch::TchError> {
+        let updated = skip.f_rsub_scalar(1.0)?;
+        let loss = loss.f_nan_to_num(0.0, 0.0, 0.0)?.f_mul(&updated)?;
+        let _ = self.sums.f_add_(&Tensor::f_stack(&[loss, updated], 0)?)?;
+        self.steps += 1;
+        self.step = step;
+        Ok(())
+    }
+}
+
+/// Device memory that training needs, in bytes: parameters, gradient and two moments in fp32, and what a
+/// micro-batch keeps for its backward pass. An estimate, for a check before a run; on CPU, LLaMA and GPT-2
+/// of several sizes took between 0.6 and 1.0 of it.
+pub fn memory_bytes_needed(architecture: &Architecture, training: &TrainingSpec) -> u64 {
+    const FLOAT: u64 = 4;
+    let state = 4 * architecture.manifest().parameters();
+    let (layers, width, inner) = match architecture {
+        Architecture::Llama(config) => {
+            (config.num_hidden_layers, config.hidden_size, config.intermediate_size)
+        }
+        Architecture::Gpt2(config) => (config.n_layer, config.n_embd, 4 * config.n_embd),
+    };
+    // Per token and layer: inputs and outputs of norms, projections, attention and residual sums, and the
+    // wide ones of the feed-forward part. Logits are kept as such, as probabilities, and as their gradient.
+    let per_token = layers * (16 * width + 5 * inner) + 3 * architecture.vocab_size();
+    let micro_batch =
+        if training.micro_batch_size == 0 { training.batch_size } else { training.micro_batch_size };
+    let tokens = u64::from(micro_batch) * u64::from(training.sequence_length);
+    FLOAT * (state + tokens * per_token as u64)
+}

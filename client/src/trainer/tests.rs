@@ -1,0 +1,507 @@
+//! The trainer through its outer interface. `CONSORT_TEST_DEVICE` (default: cpu) says where.
+
+use std::ops::ControlFlow;
+
+use consort_common::{
+    model::{Architecture, Gpt2Config, LlamaConfig},
+    schedule::Schedule,
+    spec::{OptimizerSpec, TrainingSpec},
+};
+
+use super::{Device, DeviceChoice, EvaluationSum, Sampling, Trainer, TrainerError, set_threads};
+
+const VOCABULARY: usize = 50;
+const RUN_STEPS: u64 = 100;
+
+fn test_device() -> Device {
+    // Tests run beside each other: threads of theirs would only wait for each other.
+    set_threads(1);
+    let name = std::env::var("CONSORT_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
+    name.parse::<DeviceChoice>().unwrap().open().unwrap()
+}
+
+fn llama_config() -> LlamaConfig {
+    LlamaConfig {
+        vocab_size: VOCABULARY,
+        hidden_size: 32,
+        intermediate_size: 48,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        max_position_embeddings: 16,
+        ..LlamaConfig::default()
+    }
+}
+
+fn llama() -> Architecture {
+    Architecture::Llama(llama_config())
+}
+
+fn gpt2() -> Architecture {
+    Architecture::Gpt2(Gpt2Config {
+        vocab_size: VOCABULARY,
+        n_positions: 16,
+        n_embd: 32,
+        n_layer: 2,
+        n_head: 4,
+        ..Gpt2Config::default()
+    })
+}
+
+fn training() -> TrainingSpec {
+    TrainingSpec {
+        batch_size: 4,
+        sequence_length: 8,
+        schedule: Schedule::Constant { warmup_steps: 0 },
+        ..TrainingSpec::default()
+    }
+}
+
+fn trainer(architecture: &Architecture, training: &TrainingSpec) -> Trainer {
+    let mut trainer = Trainer::new(architecture, training, RUN_STEPS, test_device()).unwrap();
+    trainer.load(&architecture.manifest().initialise(7)).unwrap();
+    trainer
+}
+
+/// A batch for `training()`, different for each `seed`.
+fn batch(seed: i64) -> Vec<i64> {
+    (0..4 * 9).map(|index| (index * index * 7 + index * 3 + seed * 11) % VOCABULARY as i64).collect()
+}
+
+fn go_on() -> bool {
+    false
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+fn largest_difference(left: &[f32], right: &[f32]) -> f32 {
+    assert_eq!(left.len(), right.len());
+    left.iter().zip(right).map(|(left, right)| (left - right).abs()).fold(0.0, f32::max)
+}
+
+/// Values of the tensor `name` in a flat vector.
+fn tensor<'a>(architecture: &Architecture, flat: &'a [f32], name: &str) -> &'a [f32] {
+    let mut offset = 0;
+    for tensor in architecture.manifest().tensors() {
+        if tensor.name == name {
+            return &flat[offset..offset + tensor.parameters()];
+        }
+        offset += tensor.parameters();
+    }
+    panic!("no tensor {name}");
+}
+
+#[test]
+fn the_untrained_model_knows_nothing() {
+    for architecture in [llama(), gpt2()] {
+        let mut trainer = trainer(&architecture, &training());
+        trainer.step(&batch(1), 0, &go_on).unwrap();
+        let loss = trainer.take_loss().unwrap().unwrap();
+        assert!((loss - (VOCABULARY as f64).ln()).abs() < 0.05, "{}: {loss}", architecture.name());
+        assert_eq!(trainer.take_loss().unwrap(), None, "no step since");
+    }
+}
+
+#[test]
+fn a_tiny_batch_is_learnt_by_heart() {
+    for architecture in [llama(), gpt2()] {
+        let optimizer =
+            OptimizerSpec::AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.0 };
+        let mut trainer = trainer(&architecture, &TrainingSpec { optimizer, ..training() });
+        for step in 0..100 {
+            trainer.step(&batch(1), step, &go_on).unwrap();
+            if step == 89 {
+                trainer.take_loss().unwrap();
+            }
+        }
+        let loss = trainer.take_loss().unwrap().unwrap();
+        assert!(loss < 0.1, "{}: {loss}", architecture.name());
+    }
+}
+
+#[test]
+fn every_tensor_has_a_gradient() {
+    for architecture in
+        [llama(), gpt2(), Architecture::Llama(LlamaConfig { tie_word_embeddings: false, ..llama_config() })]
+    {
+        let mut trainer = trainer(&architecture, &training());
+        trainer.step(&batch(1), 0, &go_on).unwrap();
+        let gradient = trainer.gradient();
+        for spec in architecture.manifest().tensors() {
+            let values = tensor(&architecture, &gradient, &spec.name);
+            assert!(values.iter().any(|value| *value != 0.0), "{}", spec.name);
+        }
+    }
+}
+
+#[test]
+fn the_gradient_is_that_of_the_loss() {
+    for architecture in [llama(), gpt2()] {
+        let unclipped = TrainingSpec { gradient_clip: 0.0, ..training() };
+        let mut trainer = trainer(&architecture, &unclipped);
+        let parameters = trainer.parameters().unwrap();
+        trainer.step(&batch(1), 0, &go_on).unwrap();
+        let gradient = trainer.gradient();
+        // Along the gradient, the loss changes by its squared norm per unit.
+        let mut loss_at = |scale: f32| {
+            let moved: Vec<f32> =
+                parameters.iter().zip(&gradient).map(|(value, slope)| value + scale * slope).collect();
+            trainer.load(&moved).unwrap();
+            let windows: Vec<Vec<i64>> = batch(1).chunks(9).map(<[i64]>::to_vec).collect();
+            trainer.evaluate(windows, &go_on).unwrap().loss()
+        };
+        let squared_norm: f64 = gradient.iter().map(|slope| f64::from(*slope).powi(2)).sum();
+        let slope = (loss_at(0.01) - loss_at(-0.01)) / 0.02;
+        assert!((slope / squared_norm - 1.0).abs() < 0.01, "{}: {slope} {squared_norm}", architecture.name());
+    }
+}
+
+#[test]
+fn micro_batches_make_the_same_step_as_the_whole_batch() {
+    for architecture in [llama(), gpt2()] {
+        let mut whole = trainer(&architecture, &training());
+        let mut parts = trainer(&architecture, &TrainingSpec { micro_batch_size: 1, ..training() });
+        for trainer in [&mut whole, &mut parts] {
+            trainer.step(&batch(1), 0, &go_on).unwrap();
+        }
+        assert!(largest_difference(&whole.gradient(), &parts.gradient()) < 1e-5);
+        let losses = [&mut whole, &mut parts].map(|trainer| trainer.take_loss().unwrap().unwrap());
+        assert!((losses[0] - losses[1]).abs() < 1e-5, "{losses:?}");
+    }
+}
+
+#[test]
+fn the_same_steps_give_the_same_bits() {
+    for architecture in [llama(), gpt2()] {
+        let run = || {
+            let mut trainer = trainer(&architecture, &training());
+            for step in 0..5 {
+                trainer.step(&batch(step), step as u64, &go_on).unwrap();
+            }
+            bits(&trainer.parameters().unwrap())
+        };
+        assert_eq!(run(), run());
+    }
+}
+
+#[test]
+fn training_goes_on_from_saved_parameters_and_moments_as_if_never_stopped() {
+    for architecture in [llama(), gpt2()] {
+        let mut undisturbed = trainer(&architecture, &training());
+        for step in 0..3 {
+            undisturbed.step(&batch(step), step as u64, &go_on).unwrap();
+        }
+        let (parameters, moments) = (undisturbed.parameters().unwrap(), undisturbed.moments().unwrap());
+        assert_eq!(moments.steps, 3);
+        let mut resumed = Trainer::new(&architecture, &training(), RUN_STEPS, test_device()).unwrap();
+        resumed.load(&parameters).unwrap();
+        resumed.load_moments(&moments).unwrap();
+        for trainer in [&mut undisturbed, &mut resumed] {
+            for step in 3..6 {
+                trainer.step(&batch(step), step as u64, &go_on).unwrap();
+            }
+        }
+        assert_eq!(bits(&undisturbed.parameters().unwrap()), bits(&resumed.parameters().unwrap()));
+        assert_eq!(undisturbed.moments().unwrap(), resumed.moments().unwrap());
+    }
+}
+
+#[test]
+fn reset_moments_are_those_of_a_new_trainer() {
+    let mut trainer = trainer(&llama(), &training());
+    let fresh = trainer.moments().unwrap();
+    trainer.step(&batch(1), 0, &go_on).unwrap();
+    assert_ne!(trainer.moments().unwrap(), fresh);
+    trainer.reset_moments().unwrap();
+    assert_eq!(trainer.moments().unwrap(), fresh);
+}
+
+#[test]
+fn clipping_scales_the_gradient_to_the_norm_and_keeps_its_direction() {
+    let gradient = |gradient_clip| {
+        let mut trainer = trainer(&llama(), &TrainingSpec { gradient_clip, ..training() });
+        trainer.step(&batch(1), 0, &go_on).unwrap();
+        trainer.gradient()
+    };
+    let norm = |gradient: &[f32]| gradient.iter().map(|slope| f64::from(*slope).powi(2)).sum::<f64>().sqrt();
+    let free = gradient(0.0);
+    let limit = norm(&free) / 3.0;
+    let clipped = gradient(limit);
+    assert!((norm(&clipped) / limit - 1.0).abs() < 1e-4);
+    let thrice: Vec<f32> = clipped.iter().map(|slope| 3.0 * slope).collect();
+    assert!(largest_difference(&thrice, &free) < 1e-5);
+    assert_eq!(bits(&gradient(10.0 * limit)), bits(&free), "a gradient below the limit is left alone");
+}
+
+#[test]
+fn weight_decay_spares_gains_and_biases() {
+    for architecture in [llama(), gpt2()] {
+        let after = |weight_decay| {
+            let optimizer = OptimizerSpec::AdamW {
+                learning_rate: 1e-2,
+                beta1: 0.9,
+                beta2: 0.95,
+                epsilon: 1e-8,
+                weight_decay,
+            };
+            let mut trainer = trainer(&architecture, &TrainingSpec { optimizer, ..training() });
+            trainer.step(&batch(1), 0, &go_on).unwrap();
+            trainer.parameters().unwrap()
+        };
+        let (with, without) = (after(0.5), after(0.0));
+        for spec in architecture.manifest().tensors() {
+            let same =
+                tensor(&architecture, &with, &spec.name) == tensor(&architecture, &without, &spec.name);
+            assert_eq!(same, !spec.decays(), "{}", spec.name);
+        }
+    }
+}
+
+#[test]
+fn the_learning_rate_follows_the_schedule_over_the_run() {
+    let schedule = Schedule::Cosine { warmup_steps: 10, total_steps: None, final_fraction: 0.0 };
+    let mut trainer = trainer(&llama(), &TrainingSpec { schedule, ..training() });
+    for (step, expected) in [(0, 1e-4), (9, 1e-3), (55, 5e-4), (100, 0.0)] {
+        let outcome = trainer.step(&batch(1), step, &go_on).unwrap();
+        assert!((outcome.learning_rate - expected).abs() < 1e-9, "step {step}: {outcome:?}");
+        assert_eq!(outcome.tokens, 32);
+    }
+}
+
+#[test]
+fn a_cancelled_step_leaves_no_trace() {
+    let mut trainer = trainer(&llama(), &TrainingSpec { micro_batch_size: 1, ..training() });
+    trainer.step(&batch(1), 0, &go_on).unwrap();
+    let before = (trainer.parameters().unwrap(), trainer.moments().unwrap());
+    for micro_batches_done in 0..4 {
+        let asked = std::cell::Cell::new(0);
+        let cancelled = || asked.replace(asked.get() + 1) == micro_batches_done;
+        let result = trainer.step(&batch(2), 1, &cancelled);
+        assert!(matches!(result, Err(TrainerError::Cancelled)));
+        assert_eq!((trainer.parameters().unwrap(), trainer.moments().unwrap()), before);
+    }
+    let mut undisturbed = self::trainer(&llama(), &TrainingSpec { micro_batch_size: 1, ..training() });
+    for step in 0..2 {
+        undisturbed.step(&batch(step + 1), step as u64, &go_on).unwrap();
+    }
+    trainer.step(&batch(2), 1, &go_on).unwrap();
+    assert_eq!(bits(&trainer.parameters().unwrap()), bits(&undisturbed.parameters().unwrap()));
+    assert_eq!(trainer.take_loss().unwrap(), undisturbed.take_loss().unwrap());
+}
+
+#[test]
+fn weights_that_are_not_numbers_stop_every_update_and_are_reported() {
+    for poison in [f32::NAN, f32::INFINITY] {
+        let mut trainer = trainer(&llama(), &training());
+        let mut parameters = trainer.parameters().unwrap();
+        parameters[0] = poison;
+        trainer.load(&parameters).unwrap();
+        let mut tokens = batch(1);
+        tokens[0] = 0; // whose embedding begins with the poison
+        for step in 40..43 {
+            trainer.step(&tokens, step, &go_on).unwrap();
+        }
+        let error = trainer.take_loss().unwrap_err();
+        assert!(matches!(error, TrainerError::Diverged { step: 42, steps: 3 }), "{error}");
+        assert_eq!(bits(&trainer.parameters().unwrap()), bits(&parameters));
+        let moments = trainer.moments().unwrap();
+        assert!(
+            moments.steps == 0 && moments.first.iter().chain(&moments.second).all(|moment| *moment == 0.0)
+        );
+    }
+}
+
+#[test]
+fn one_bad_step_among_good_ones_is_skipped_and_counted() {
+    let mut trainer = trainer(&llama(), &training());
+    let good = trainer.parameters().unwrap();
+    trainer.load(&vec![f32::NAN; good.len()]).unwrap();
+    trainer.step(&batch(1), 0, &go_on).unwrap();
+    trainer.load(&good).unwrap();
+    trainer.step(&batch(1), 1, &go_on).unwrap();
+    let loss = trainer.take_loss().unwrap().unwrap();
+    assert!((loss - (VOCABULARY as f64).ln()).abs() < 0.05, "the mean is over the good step: {loss}");
+    assert_eq!((trainer.skipped_steps(), trainer.moments().unwrap().steps), (1, 1));
+}
+
+#[test]
+fn grouped_query_attention_is_that_of_repeated_key_and_value_heads() {
+    let grouped = llama();
+    let full = Architecture::Llama(LlamaConfig { num_key_value_heads: 4, ..llama_config() });
+    let flat = grouped.manifest().initialise(7);
+    let head = 8 * 32; // values of one head's projection
+    let repeated: Vec<f32> = full
+        .manifest()
+        .tensors()
+        .iter()
+        .flat_map(|spec| {
+            let values = tensor(&grouped, &flat, &spec.name);
+            if spec.name.contains("k_proj") || spec.name.contains("v_proj") {
+                values.chunks(head).flat_map(|head| [head, head].concat()).collect()
+            } else {
+                values.to_vec()
+            }
+        })
+        .collect();
+    let mut full = trainer(&full, &training());
+    full.load(&repeated).unwrap();
+    let tokens = &batch(3)[..12];
+    let difference = largest_difference(
+        &trainer(&grouped, &training()).logits(tokens).unwrap(),
+        &full.logits(tokens).unwrap(),
+    );
+    assert!(difference < 1e-6, "{difference:e}");
+}
+
+#[test]
+fn a_tied_head_is_the_embedding() {
+    let (tied, untied) =
+        (llama(), Architecture::Llama(LlamaConfig { tie_word_embeddings: false, ..llama_config() }));
+    let mut flat = tied.manifest().initialise(7);
+    let tied = trainer(&tied, &training());
+    flat.extend_from_within(..VOCABULARY * 32);
+    let mut untied = trainer(&untied, &training());
+    untied.load(&flat).unwrap();
+    assert_eq!(tied.logits(&batch(1)[..9]).unwrap(), untied.logits(&batch(1)[..9]).unwrap());
+}
+
+#[test]
+fn later_tokens_do_not_change_earlier_logits() {
+    for architecture in [llama(), gpt2()] {
+        let trainer = trainer(&architecture, &training());
+        let mut tokens = batch(1)[..16].to_vec();
+        let before = trainer.logits(&tokens).unwrap();
+        tokens[10] = (tokens[10] + 1) % VOCABULARY as i64;
+        let after = trainer.logits(&tokens).unwrap();
+        let (earlier, later) = (10 * VOCABULARY, 11 * VOCABULARY);
+        assert!(largest_difference(&before[..earlier], &after[..earlier]) < 1e-7);
+        assert!(largest_difference(&before[earlier..later], &after[earlier..later]) > 1e-4);
+        assert!(largest_difference(&before[later..], &after[later..]) > 1e-6, "later ones see it");
+    }
+}
+
+#[test]
+fn order_matters_to_attention() {
+    for architecture in [llama(), gpt2()] {
+        let trainer = trainer(&architecture, &training());
+        let last = |tokens: &[i64]| trainer.logits(tokens).unwrap().split_off(3 * VOCABULARY);
+        assert!(
+            largest_difference(&last(&[1, 2, 3, 4]), &last(&[2, 1, 3, 4])) > 1e-5,
+            "{}",
+            architecture.name()
+        );
+    }
+}
+
+#[test]
+fn held_out_loss_is_the_sum_over_windows_of_any_length() {
+    for architecture in [llama(), gpt2()] {
+        let trainer = trainer(&architecture, &training());
+        let windows: Vec<Vec<i64>> =
+            [9, 9, 9, 9, 9, 9, 4, 17, 2].map(|length| batch(length)[..length as usize].to_vec()).to_vec();
+        let all = trainer.evaluate(windows.clone(), &go_on).unwrap();
+        assert_eq!(all.tokens, 6 * 8 + 3 + 16 + 1);
+        let mut one_by_one = EvaluationSum::default();
+        for window in windows {
+            // Cross-entropy by hand from the logits.
+            let logits = trainer.logits(&window[..window.len() - 1]).unwrap();
+            for (row, target) in logits.chunks(VOCABULARY).zip(&window[1..]) {
+                let total: f64 = row.iter().map(|logit| f64::from(*logit).exp()).sum();
+                one_by_one.loss_sum += total.ln() - f64::from(row[*target as usize]);
+                one_by_one.tokens += 1;
+            }
+        }
+        assert_eq!(all.tokens, one_by_one.tokens);
+        assert!((all.loss_sum / one_by_one.loss_sum - 1.0).abs() < 1e-5, "{all:?} {one_by_one:?}");
+        assert!((all.perplexity() / VOCABULARY as f64 - 1.0).abs() < 0.05);
+    }
+}
+
+#[test]
+fn evaluation_can_be_cancelled_and_of_nothing_is_nothing() {
+    let trainer = trainer(&llama(), &training());
+    let windows = vec![batch(1)[..9].to_vec()];
+    assert!(matches!(trainer.evaluate(windows, &|| true), Err(TrainerError::Cancelled)));
+    assert_eq!(trainer.evaluate([], &go_on).unwrap(), EvaluationSum::default());
+}
+
+#[test]
+fn generated_text_follows_its_seed_and_outgrows_the_context() {
+    let trainer = trainer(&llama(), &training());
+    let text = |seed, temperature| {
+        let mut text = Vec::new();
+        let sampling = Sampling { temperature, top_p: 0.9, seed };
+        let keep = |token| {
+            text.push(token);
+            ControlFlow::Continue(())
+        };
+        trainer.generate(&[1, 2, 3], 30, sampling, keep).unwrap();
+        text
+    };
+    assert_eq!(text(1, 1.0).len(), 30);
+    assert_eq!(text(1, 1.0), text(1, 1.0));
+    assert_ne!(text(1, 1.0), text(2, 1.0));
+    assert_eq!(text(1, 0.0), text(2, 0.0), "no draw at temperature 0");
+}
+
+#[test]
+fn generation_ends_when_told() {
+    let mut count = 0;
+    let stop = |_| {
+        count += 1;
+        if count == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    };
+    let sampling = Sampling { temperature: 1.0, top_p: 1.0, seed: 1 };
+    trainer(&gpt2(), &training()).generate(&[1], 30, sampling, stop).unwrap();
+    assert_eq!(count, 3);
+}
+
+#[test]
+fn what_does_not_fit_the_model_is_refused_in_words() {
+    let mut trainer = trainer(&llama(), &training());
+    let before = trainer.parameters().unwrap();
+    let check = |error: TrainerError, expected: &str| {
+        let text = error.to_string();
+        assert!(text.contains(expected), "{text}");
+    };
+    check(trainer.load(&before[1..]).unwrap_err(), "values, but the model has");
+    check(trainer.parameters_into(&mut vec![0.0; 3]).unwrap_err(), "3 values, but the model has");
+    check(trainer.load_moments(&super::Moments::default()).unwrap_err(), "0 values, but the model has");
+    check(
+        trainer.step(&batch(1)[1..], 0, &go_on).unwrap_err(),
+        "the batch: 35 tokens, expected 4 sequences of 9",
+    );
+    for stranger in [-1, VOCABULARY as i64] {
+        let mut tokens = batch(1);
+        tokens[20] = stranger;
+        check(trainer.step(&tokens, 0, &go_on).unwrap_err(), &format!("token {stranger} is outside"));
+    }
+    check(trainer.logits(&[]).unwrap_err(), "0 tokens, expected 1 to the model's context of 16");
+    check(trainer.logits(&[1; 17]).unwrap_err(), "17 tokens");
+    check(trainer.evaluate([vec![1]], &go_on).unwrap_err(), "0 tokens");
+    check(trainer.evaluate([vec![1; 18]], &go_on).unwrap_err(), "17 tokens");
+    assert_eq!(trainer.parameters().unwrap(), before);
+    assert_eq!(trainer.take_loss().unwrap(), None, "no step was made");
+}
+
+#[test]
+fn impossible_settings_are_refused_in_words() {
+    let check = |architecture: &Architecture, training: &TrainingSpec, expected: &str| {
+        let error = Trainer::new(architecture, training, 1, test_device()).err().unwrap().to_string();
+        assert!(error.contains(expected), "{error}");
+    };
+    check(
+        &llama(),
+        &TrainingSpec { micro_batch_size: 3, ..training() },
+        "micro_batch_size 3 does not divide",
+    );
+    check(
+        &llama(),
+        &TrainingSpec { sequence_length: 17, ..training() },
+        "sequence_length is 17, allowed: 1 to",
+    );
+    let uneven = Architecture::Llama(LlamaConfig { num_attention_heads: 5, ..llama_config() });
+    check(&uneven, &training(), "must divide hidden_size");
+}
