@@ -96,7 +96,10 @@ pub fn sync_directory(path: &Path) -> io::Result<()> {
 }
 
 /// Removes a directory with its content; one that is not there is no error.
-fn remove_directory(path: &Path) -> io::Result<()> {
+///
+/// # Errors
+/// Any other error of the file system, naming the path.
+pub fn remove_directory(path: &Path) -> io::Result<()> {
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         result => named("remove", path, result),

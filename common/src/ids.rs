@@ -9,7 +9,9 @@ pub const NAME_CHARACTERS_MAX: usize = 40;
 
 /// Why a text is not a name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{text:?} is not a name; allowed: 1 to {NAME_CHARACTERS_MAX} of a-z, 0-9 and '-', beginning and ending with a letter or digit")]
+#[error(
+    "{text:?} is not a name; allowed: 1 to {NAME_CHARACTERS_MAX} of a-z, 0-9 and '-', beginning and ending with a letter or digit"
+)]
 pub struct NameError {
     /// The offending text, cut to a length that can be shown.
     pub text: String,
@@ -21,7 +23,11 @@ fn check_name(text: &str) -> Result<(), NameError> {
         && text.chars().all(|c| c == '-' || alphanumeric(Some(c)))
         && alphanumeric(text.chars().next())
         && alphanumeric(text.chars().last());
-    if valid { Ok(()) } else { Err(NameError { text: text.chars().take(NAME_CHARACTERS_MAX + 20).collect() }) }
+    if valid {
+        Ok(())
+    } else {
+        Err(NameError { text: text.chars().take(NAME_CHARACTERS_MAX + 20).collect() })
+    }
 }
 
 macro_rules! name {

@@ -71,7 +71,8 @@ impl Schedule {
             Self::Cosine { total_steps, final_fraction, .. } => {
                 let total = total_steps.unwrap_or(run_steps);
                 let progress = progress(step - warmup_steps, total.saturating_sub(warmup_steps));
-                final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + libm::cos(std::f64::consts::PI * progress))
+                final_fraction
+                    + (1.0 - final_fraction) * 0.5 * (1.0 + libm::cos(std::f64::consts::PI * progress))
             }
             Self::WarmupStableDecay { decay_steps, total_steps, final_fraction, .. } => {
                 let decay_begins = total_steps.unwrap_or(run_steps).saturating_sub(*decay_steps);
@@ -116,7 +117,12 @@ mod tests {
 
     #[test]
     fn stable_then_decays_by_one_minus_the_root() {
-        let stable = Schedule::WarmupStableDecay { warmup_steps: 10, decay_steps: 20, total_steps: None, final_fraction: 0.0 };
+        let stable = Schedule::WarmupStableDecay {
+            warmup_steps: 10,
+            decay_steps: 20,
+            total_steps: None,
+            final_fraction: 0.0,
+        };
         check(&stable, &[(4, 0.5), (10, 1.0), (80, 1.0), (85, 0.5), (100, 0.0), (200, 0.0)]);
     }
 }

@@ -49,11 +49,19 @@ mod tests {
 
     #[test]
     fn numbers_read_well() {
-        for (value, expected) in [(0, "0 B"), (999, "999 B"), (1_500, "1.50 kB"), (12_345_678, "12.3 MB"), (4_000_000_000, "4.00 GB")] {
+        for (value, expected) in [
+            (0, "0 B"),
+            (999, "999 B"),
+            (1_500, "1.50 kB"),
+            (12_345_678, "12.3 MB"),
+            (4_000_000_000, "4.00 GB"),
+        ] {
             assert_eq!(bytes(value), expected);
         }
         assert_eq!(count(1_048_576), "1.05M");
-        for (value, expected) in [(850, "850 ms"), (12_345, "12.3 s"), (245_000, "4 min 05 s"), (11_220_000, "3 h 07 min")] {
+        for (value, expected) in
+            [(850, "850 ms"), (12_345, "12.3 s"), (245_000, "4 min 05 s"), (11_220_000, "3 h 07 min")]
+        {
             assert_eq!(duration_ms(value), expected);
         }
     }

@@ -34,7 +34,9 @@ pub enum DecodeError {
         actual: usize,
     },
     /// A value is NaN or infinite.
-    #[error("value {position} of the chunk is {value}: a delta must be finite; the local training diverged or its memory is faulty")]
+    #[error(
+        "value {position} of the chunk is {value}: a delta must be finite; the local training diverged or its memory is faulty"
+    )]
     NotFinite {
         /// Position in the chunk.
         position: usize,
@@ -91,7 +93,11 @@ fn check_finite(values: &[f32]) -> Result<(), DecodeError> {
 }
 
 fn check_length(payload: &[u8], expected: usize) -> Result<(), DecodeError> {
-    if payload.len() == expected { Ok(()) } else { Err(DecodeError::Length { expected, actual: payload.len() }) }
+    if payload.len() == expected {
+        Ok(())
+    } else {
+        Err(DecodeError::Length { expected, actual: payload.len() })
+    }
 }
 
 #[cfg(test)]

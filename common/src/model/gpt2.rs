@@ -108,7 +108,7 @@ impl Gpt2Config {
         check_range(&mut problems, "n_embd", self.n_embd, WIDTH_MAX);
         check_range(&mut problems, "n_layer", self.n_layer, LAYERS_MAX);
         check_range(&mut problems, "n_head", self.n_head, WIDTH_MAX);
-        if problems.is_empty() && self.n_embd % self.n_head != 0 {
+        if problems.is_empty() && !self.n_embd.is_multiple_of(self.n_head) {
             problems.push(("n_head", format!("is {}; must divide n_embd = {}", self.n_head, self.n_embd)));
         }
         for (key, value) in

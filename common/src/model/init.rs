@@ -9,7 +9,8 @@ use rayon::prelude::*;
 use super::{Init, Manifest};
 
 pub(super) fn flat_vector(manifest: &Manifest, seed: u64) -> Vec<f32> {
-    let mut flat = vec![0.0; usize::try_from(manifest.parameters()).expect("a vector fits the address space")];
+    let mut flat =
+        vec![0.0; usize::try_from(manifest.parameters()).expect("a vector fits the address space")];
     let mut rest = flat.as_mut_slice();
     let mut work = Vec::new();
     for (stream, tensor) in manifest.tensors.iter().enumerate() {
@@ -54,11 +55,33 @@ mod tests {
         Digest::of(bytemuck::cast_slice(&flat)).short()
     }
 
+    /// The digest when `threads` threads do the work.
+    fn digest_with(threads: usize, architecture: &Architecture) -> String {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| digest(architecture, 1))
+    }
+
     #[test]
     fn initial_weights_are_the_same_bits_everywhere() {
         let llama = Architecture::Llama(LlamaConfig::default());
         let gpt2 = Architecture::Gpt2(Gpt2Config::default());
-        assert_eq!([digest(&llama, 1), digest(&llama, 2), digest(&gpt2, 1)], ["", "", ""]);
+        assert_eq!(
+            [digest(&llama, 1), digest(&llama, 2), digest(&gpt2, 1)],
+            ["c92f54190d7f", "1655e0116ab0", "5d5e318eebdb"]
+        );
+    }
+
+    #[test]
+    fn initial_weights_do_not_depend_on_the_number_of_threads() {
+        for architecture in
+            [Architecture::Llama(LlamaConfig::default()), Architecture::Gpt2(Gpt2Config::default())]
+        {
+            let alone = digest_with(1, &architecture);
+            assert_eq!(
+                [digest_with(2, &architecture), digest_with(13, &architecture)],
+                [alone.clone(), alone]
+            );
+        }
     }
 
     #[test]

@@ -61,12 +61,14 @@ impl LlamaConfig {
 
     pub(super) fn tensors(&self) -> Vec<TensorSpec> {
         let (width, inner) = (self.hidden_size, self.intermediate_size);
-        let (queries, keys) = (self.num_attention_heads * self.head_dim(), self.num_key_value_heads * self.head_dim());
+        let (queries, keys) =
+            (self.num_attention_heads * self.head_dim(), self.num_key_value_heads * self.head_dim());
         let normal = Init::Normal(self.initializer_range);
         #[allow(clippy::cast_precision_loss)]
         let residual = Init::Normal(self.initializer_range / ((2 * self.num_hidden_layers) as f64).sqrt());
 
-        let mut tensors = vec![TensorSpec::new("model.embed_tokens.weight", &[self.vocab_size, width], normal)];
+        let mut tensors =
+            vec![TensorSpec::new("model.embed_tokens.weight", &[self.vocab_size, width], normal)];
         for layer in 0..self.num_hidden_layers {
             let mut add = |name: &str, shape: &[usize], init| {
                 tensors.push(TensorSpec::new(format!("model.layers.{layer}.{name}"), shape, init));
@@ -123,21 +125,27 @@ impl LlamaConfig {
         check_range(&mut problems, "num_key_value_heads", self.num_key_value_heads, WIDTH_MAX);
         check_range(&mut problems, "max_position_embeddings", self.max_position_embeddings, CONTEXT_MAX);
         if problems.is_empty() {
-            if self.hidden_size % self.num_attention_heads != 0 {
+            if !self.hidden_size.is_multiple_of(self.num_attention_heads) {
                 problems.push((
                     "num_attention_heads",
-                    format!("is {}; must divide hidden_size = {}", self.num_attention_heads, self.hidden_size),
+                    format!(
+                        "is {}; must divide hidden_size = {}",
+                        self.num_attention_heads, self.hidden_size
+                    ),
                 ));
-            } else if self.head_dim() % 2 != 0 {
+            } else if !self.head_dim().is_multiple_of(2) {
                 problems.push((
                     "num_attention_heads",
                     format!("gives heads of width {}; rotary positions need an even width", self.head_dim()),
                 ));
             }
-            if self.num_attention_heads % self.num_key_value_heads != 0 {
+            if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
                 problems.push((
                     "num_key_value_heads",
-                    format!("is {}; must divide num_attention_heads = {}", self.num_key_value_heads, self.num_attention_heads),
+                    format!(
+                        "is {}; must divide num_attention_heads = {}",
+                        self.num_key_value_heads, self.num_attention_heads
+                    ),
                 ));
             }
         }

@@ -4,6 +4,8 @@
 //! identified by its BLAKE3, and sent to every client as it is.
 
 mod reference;
+mod rules;
+mod structure;
 mod validate;
 
 use serde::{Deserialize, Serialize};
@@ -166,6 +168,13 @@ mod defaults {
     pub(super) fn weight_decay() -> f64 {
         0.1
     }
+    /// DiLoCo (arXiv 2311.08105, section 3.1) found this rate and this momentum best.
+    pub(super) fn outer_learning_rate() -> f64 {
+        0.7
+    }
+    pub(super) fn outer_momentum() -> f64 {
+        0.9
+    }
 }
 
 impl Default for OptimizerSpec {
@@ -192,7 +201,7 @@ pub struct OuterSpec {
 
 impl Default for OuterSpec {
     fn default() -> Self {
-        Self { optimizer: OuterOptimizer::Nesterov { learning_rate: 0.7, momentum: 0.9 }, weighting: Weighting::Tokens }
+        Self { optimizer: OuterOptimizer::default(), weighting: Weighting::Tokens }
     }
 }
 
@@ -207,10 +216,21 @@ pub enum OuterOptimizer {
     /// in PyTorch's form of Nesterov momentum).
     Nesterov {
         /// Outer learning rate.
+        #[serde(default = "defaults::outer_learning_rate")]
         learning_rate: f64,
         /// Decay of the momentum.
+        #[serde(default = "defaults::outer_momentum")]
         momentum: f64,
     },
+}
+
+impl Default for OuterOptimizer {
+    fn default() -> Self {
+        Self::Nesterov {
+            learning_rate: defaults::outer_learning_rate(),
+            momentum: defaults::outer_momentum(),
+        }
+    }
 }
 
 /// What a contribution counts.

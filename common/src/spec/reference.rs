@@ -9,3 +9,149 @@ impl RunSpec {
         include_str!("reference.toml")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::{
+        model::{Architecture, Gpt2Config, LlamaConfig},
+        schedule::Schedule,
+        spec::{OuterOptimizer, OuterSpec, TokenizerSpec, TrainingSpec},
+    };
+
+    /// A section as the reference writes it: active, or commented out as an alternative.
+    struct Section {
+        name: String,
+        active: bool,
+        /// Settings, without their `#`, and whether they are active.
+        settings: Vec<(String, bool)>,
+    }
+
+    impl Section {
+        fn new(name: &str, active: bool) -> Self {
+            Self { name: name.to_owned(), active, settings: Vec::new() }
+        }
+
+        /// As TOML: the active settings and, of the others, the one numbered `uncommented`.
+        fn toml(&self, uncommented: Option<usize>) -> String {
+            let header = if self.name.is_empty() { String::new() } else { format!("[{}]\n", self.name) };
+            let settings = self
+                .settings
+                .iter()
+                .enumerate()
+                .filter(|(index, (_, active))| *active || !self.active || Some(*index) == uncommented);
+            header + &settings.map(|(_, (text, _))| format!("{text}\n")).collect::<String>()
+        }
+    }
+
+    fn sections() -> Vec<Section> {
+        let mut sections = vec![Section::new("", true)];
+        for line in RunSpec::reference().lines() {
+            let (text, active) = line.strip_prefix('#').map_or((line, true), |rest| (rest, false));
+            if text.is_empty() || text.starts_with(' ') {
+                continue;
+            }
+            match text.strip_prefix('[') {
+                Some(name) => sections.push(Section::new(name.trim_end_matches(']'), active)),
+                None => sections.last_mut().unwrap().settings.push((text.to_owned(), active)),
+            }
+        }
+        sections
+    }
+
+    /// `section.key` of every leaf.
+    fn keys(value: &toml::Value, path: &str, keys: &mut BTreeSet<String>) {
+        match value {
+            toml::Value::Table(table) => {
+                for (key, value) in table {
+                    let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                    self::keys(value, &path, keys);
+                }
+            }
+            _ => assert!(keys.insert(path.to_owned()) || !path.is_empty()),
+        }
+    }
+
+    /// The reference specification with each alternative in turn in place.
+    fn all_variants() -> Vec<RunSpec> {
+        let reference = RunSpec::parse(RunSpec::reference()).unwrap();
+        let with = |change: &dyn Fn(&mut RunSpec)| {
+            let mut spec = reference.clone();
+            change(&mut spec);
+            spec
+        };
+        vec![
+            with(&|spec| spec.model = Architecture::Llama(LlamaConfig::default())),
+            with(&|spec| spec.model = Architecture::Gpt2(Gpt2Config::default())),
+            with(&|spec| spec.tokenizer = TokenizerSpec::Byte {}),
+            with(&|spec| spec.tokenizer = TokenizerSpec::File { path: "p".into(), end_of_text: "e".into() }),
+            with(&|spec| spec.training.schedule = Schedule::Constant { warmup_steps: 1 }),
+            with(&|spec| {
+                spec.training.schedule =
+                    Schedule::Cosine { warmup_steps: 1, total_steps: Some(2), final_fraction: 0.0 };
+            }),
+            with(&|spec| {
+                spec.training.schedule = Schedule::WarmupStableDecay {
+                    warmup_steps: 1,
+                    decay_steps: 1,
+                    total_steps: Some(2),
+                    final_fraction: 0.0,
+                };
+            }),
+            with(&|spec| spec.outer.optimizer = OuterOptimizer::FedAvg {}),
+            with(&|spec| spec.outer.optimizer = OuterOptimizer::default()),
+        ]
+    }
+
+    #[test]
+    fn the_reference_shows_the_defaults() {
+        let least = "name = \"example\"\nrounds = 100\nmodel.architecture = \"llama\"\n";
+        assert_eq!(RunSpec::parse(RunSpec::reference()).unwrap(), RunSpec::parse(least).unwrap());
+        let spec = RunSpec::parse(least).unwrap();
+        assert_eq!((spec.training, spec.outer), (TrainingSpec::default(), OuterSpec::default()));
+    }
+
+    #[test]
+    fn every_key_is_in_the_reference_and_no_other() {
+        let mut known = BTreeSet::new();
+        for spec in all_variants() {
+            keys(&toml::Value::try_from(spec).unwrap(), "", &mut known);
+        }
+        let mut listed = BTreeSet::new();
+        for section in sections() {
+            for (text, _) in &section.settings {
+                let key = text.split(" = ").next().unwrap();
+                listed.insert(format!("{}.{key}", section.name).trim_start_matches('.').to_owned());
+            }
+        }
+        assert_eq!(listed, known);
+    }
+
+    #[test]
+    fn every_setting_that_is_commented_out_can_be_uncommented() {
+        let sections = sections();
+        let text = |replaced: &Section, uncommented: Option<usize>| -> String {
+            let others = sections.iter().filter(|other| other.active && other.name != replaced.name);
+            let others: String = others.map(|other| other.toml(None)).collect();
+            if replaced.name.is_empty() {
+                replaced.toml(uncommented) + &others
+            } else {
+                others + &replaced.toml(uncommented)
+            }
+        };
+        let mut tried = 0;
+        for section in &sections {
+            let positions = section.settings.iter().enumerate();
+            let commented =
+                positions.filter(|(_, (_, active))| section.active && !active).map(|(index, _)| Some(index));
+            for uncommented in commented.chain((!section.active).then_some(None)) {
+                let text = text(section, uncommented);
+                RunSpec::parse(&text).unwrap_or_else(|error| panic!("{error}\n{text}"));
+                tried += 1;
+            }
+        }
+        assert_eq!(tried, 6, "alternatives in the reference");
+    }
+}

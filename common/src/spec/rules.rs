@@ -1,0 +1,275 @@
+//! What a specification must hold beyond its types: ranges, and keys that must fit each other.
+
+use super::{
+    CheckpointSpec, EvaluationSpec, OptimizerSpec, OuterOptimizer, ParticipationSpec, RunSpec, TokenizerSpec,
+    TrainingSpec, validate::Problem,
+};
+use crate::{
+    chunk::{CHUNK_PARAMETERS_MAX, CHUNK_PARAMETERS_MIN},
+    model::Architecture,
+    schedule::Schedule,
+    tokenizer::BYTE_VOCABULARY,
+    units,
+};
+
+/// Most rounds of a run.
+pub const ROUNDS_MAX: u32 = 1_000_000;
+/// Most parameters of a model: what can be trained on one site's machine with some room to grow.
+pub const PARAMETERS_MAX: u64 = 100_000_000_000;
+/// Most chunks of a model: keeps the list of chunks that a resumed upload names far below the largest
+/// message.
+pub const CHUNKS_MAX: u64 = 1 << 17;
+/// Most sites in a round.
+pub const CLIENTS_MAX: u32 = 10_000;
+/// Longest deadline of a round: 90 days.
+pub const DEADLINE_SECONDS_MAX: u64 = 90 * 24 * 3600;
+/// Most tokens that one site trains in a whole run. Sums over [`CLIENTS_MAX`] sites still fit 64 bits.
+pub const TOKENS_PER_SITE_MAX: u64 = 1_000_000_000_000_000;
+const LOCAL_STEPS_MAX: u32 = 1_000_000;
+const BATCH_SIZE_MAX: u32 = 1 << 16;
+const EVALUATION_TOKENS_MAX: u64 = 1_000_000_000_000;
+const HELD_OUT_FRACTION_MAX: f64 = 0.5;
+
+/// Every rule that `spec` breaks. `faulty` are paths that were repaired before: no rule that looks at one
+/// of them is applied, since what it would say is about a value that nobody wrote.
+pub(super) fn problems(spec: &RunSpec, faulty: &[String]) -> Vec<Problem> {
+    let mut rules = Rules { faulty, problems: Vec::new() };
+    rules.check(&["rounds"], (1..=ROUNDS_MAX).contains(&spec.rounds), || {
+        format!("is {}; allowed: 1 to {ROUNDS_MAX}", spec.rounds)
+    });
+    model(&mut rules, &spec.model, spec.wire.chunk_parameters);
+    tokenizer(&mut rules, &spec.tokenizer, spec.model.vocab_size());
+    training(&mut rules, &spec.training, &spec.model);
+    optimizer(&mut rules, &spec.training.optimizer);
+    schedule(&mut rules, &spec.training.schedule, spec.run_steps());
+    tokens(&mut rules, spec);
+    outer(&mut rules, &spec.outer.optimizer);
+    participation(&mut rules, &spec.participation);
+    evaluation(&mut rules, &spec.evaluation);
+    checkpoints(&mut rules, &spec.checkpoints);
+    rules.problems
+}
+
+struct Rules<'a> {
+    faulty: &'a [String],
+    problems: Vec<Problem>,
+}
+
+impl Rules<'_> {
+    /// Reports at the first of `paths`, all of which the rule looks at, unless it `holds`.
+    fn check(&mut self, paths: &[&str], holds: bool, message: impl FnOnce() -> String) {
+        if !holds && paths.iter().all(|path| self.sound(path)) {
+            self.problems.push(Problem { path: paths[0].to_owned(), message: message() });
+        }
+    }
+
+    /// A number that must lie in a range; the ends that are allowed are said in `allowed`.
+    fn number(&mut self, path: &str, value: f64, holds: bool, allowed: &str) {
+        self.check(&[path], value.is_finite() && holds, || format!("is {value}; allowed: {allowed}"));
+    }
+
+    /// Whether nothing at, above or below `path` was repaired.
+    fn sound(&self, path: &str) -> bool {
+        let covers = |outer: &str, inner: &str| {
+            inner.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        };
+        !self.faulty.iter().any(|faulty| covers(faulty, path) || covers(path, faulty))
+    }
+}
+
+fn model(rules: &mut Rules<'_>, model: &Architecture, chunk_parameters: u32) {
+    let problems = model.problems();
+    let sizes_hold = problems.is_empty();
+    for (key, message) in problems {
+        rules.check(&[&format!("model.{key}")], false, || message);
+    }
+    let chunk_holds = (CHUNK_PARAMETERS_MIN..=CHUNK_PARAMETERS_MAX).contains(&chunk_parameters);
+    rules.check(&["wire.chunk_parameters"], chunk_holds, || {
+        format!("is {chunk_parameters}; allowed: {CHUNK_PARAMETERS_MIN} to {CHUNK_PARAMETERS_MAX}")
+    });
+    if !sizes_hold {
+        return;
+    }
+    let parameters = model.manifest().parameters();
+    rules.check(&["model"], parameters <= PARAMETERS_MAX, || {
+        format!(
+            "has {} parameters; allowed: up to {}",
+            units::count(parameters),
+            units::count(PARAMETERS_MAX)
+        )
+    });
+    if chunk_holds && parameters <= PARAMETERS_MAX {
+        let chunks = parameters.div_ceil(u64::from(chunk_parameters));
+        rules.check(&["wire.chunk_parameters", "model"], chunks <= CHUNKS_MAX, || {
+            let minimum = parameters.div_ceil(CHUNKS_MAX);
+            format!("is {chunk_parameters}, which cuts the model into {chunks} chunks; allowed for its {parameters} parameters: {minimum} or more")
+        });
+    }
+}
+
+fn tokenizer(rules: &mut Rules<'_>, tokenizer: &TokenizerSpec, vocab_size: usize) {
+    match tokenizer {
+        TokenizerSpec::Byte {} => {
+            rules.check(&["model.vocab_size", "tokenizer.kind"], vocab_size >= BYTE_VOCABULARY, || {
+                format!("is {vocab_size}; allowed with the byte tokenizer: {BYTE_VOCABULARY} or more")
+            });
+        }
+        TokenizerSpec::File { path, end_of_text } => {
+            for (key, text) in [("tokenizer.path", path), ("tokenizer.end_of_text", end_of_text)] {
+                rules.check(&[key], !text.is_empty(), || "is empty; allowed: any other text".to_owned());
+            }
+        }
+    }
+}
+
+fn training(rules: &mut Rules<'_>, training: &TrainingSpec, model: &Architecture) {
+    let TrainingSpec { local_steps, batch_size, micro_batch_size, sequence_length, gradient_clip, .. } =
+        *training;
+    rules.check(&["training.local_steps"], (1..=LOCAL_STEPS_MAX).contains(&local_steps), || {
+        format!("is {local_steps}; allowed: 1 to {LOCAL_STEPS_MAX}")
+    });
+    let batch_holds = (1..=BATCH_SIZE_MAX).contains(&batch_size);
+    rules.check(&["training.batch_size"], batch_holds, || {
+        format!("is {batch_size}; allowed: 1 to {BATCH_SIZE_MAX}")
+    });
+    let divides = micro_batch_size == 0 || batch_size.is_multiple_of(micro_batch_size);
+    rules.check(&["training.micro_batch_size", "training.batch_size"], divides || !batch_holds, || {
+        format!("is {micro_batch_size}; allowed: 0, or what divides training.batch_size = {batch_size}")
+    });
+    let context_length = model.context_length();
+    let context_path = match model {
+        Architecture::Llama(_) => "model.max_position_embeddings",
+        Architecture::Gpt2(_) => "model.n_positions",
+    };
+    let fits = sequence_length > 0 && sequence_length as usize <= context_length;
+    rules.check(&["training.sequence_length", context_path], fits, || {
+        format!("is {sequence_length}; allowed: 1 to the model's context length, {context_length}")
+    });
+    rules.number(
+        "training.gradient_clip",
+        gradient_clip,
+        gradient_clip >= 0.0,
+        "0 (never), or a positive number",
+    );
+}
+
+fn optimizer(rules: &mut Rules<'_>, optimizer: &OptimizerSpec) {
+    let OptimizerSpec::AdamW { learning_rate, beta1, beta2, epsilon, weight_decay } = *optimizer;
+    let path = |key: &str| format!("training.optimizer.{key}");
+    rules.number(&path("learning_rate"), learning_rate, learning_rate > 0.0, "a positive number");
+    rules.number(&path("beta1"), beta1, (0.0..1.0).contains(&beta1), "0 or more, below 1");
+    rules.number(&path("beta2"), beta2, (0.0..1.0).contains(&beta2), "0 or more, below 1");
+    rules.number(&path("epsilon"), epsilon, epsilon > 0.0, "a positive number");
+    rules.number(&path("weight_decay"), weight_decay, weight_decay >= 0.0, "0 or a positive number");
+}
+
+fn schedule(rules: &mut Rules<'_>, schedule: &Schedule, run_steps: u64) {
+    let path = |key: &str| format!("training.schedule.{key}");
+    let (warmup_steps, decay_steps, total_steps, final_fraction) = match *schedule {
+        Schedule::Constant { warmup_steps } => (warmup_steps, None, None, None),
+        Schedule::Cosine { warmup_steps, total_steps, final_fraction } => {
+            (warmup_steps, None, total_steps, Some(final_fraction))
+        }
+        Schedule::WarmupStableDecay { warmup_steps, decay_steps, total_steps, final_fraction } => {
+            (warmup_steps, Some(decay_steps), total_steps, Some(final_fraction))
+        }
+    };
+    let total = total_steps.unwrap_or(run_steps);
+    // What the total follows from: a key of its own, or the length of the run.
+    let (total_path, named) = match total_steps {
+        Some(_) => ([path("total_steps"), path("total_steps")], "total_steps"),
+        None => (["rounds".to_owned(), "training.local_steps".to_owned()], "the run's steps"),
+    };
+    let warmup_path = path("warmup_steps");
+    rules.check(&[&warmup_path, &total_path[0], &total_path[1]], warmup_steps <= total, || {
+        format!("is {warmup_steps}; allowed: 0 to {named}, {total}")
+    });
+    if let Some(decay_steps) = decay_steps {
+        let room = total.saturating_sub(warmup_steps);
+        let holds = decay_steps > 0 && (decay_steps <= room || warmup_steps > total);
+        rules.check(&[&path("decay_steps"), &warmup_path, &total_path[0], &total_path[1]], holds, || {
+            format!("is {decay_steps}; allowed: 1 to what the warm-up leaves of {named}, {room}")
+        });
+    }
+    if let Some(final_fraction) = final_fraction {
+        let holds = (0.0..=1.0).contains(&final_fraction);
+        rules.number(&path("final_fraction"), final_fraction, holds, "0 to 1");
+    }
+}
+
+fn tokens(rules: &mut Rules<'_>, spec: &RunSpec) {
+    let training = &spec.training;
+    let tokens = [training.local_steps, training.batch_size, training.sequence_length]
+        .into_iter()
+        .fold(u64::from(spec.rounds), |product, factor| product.saturating_mul(u64::from(factor)));
+    let paths = ["training", "rounds"];
+    rules.check(&paths, tokens <= TOKENS_PER_SITE_MAX, || {
+        format!(
+            "gives {} tokens per site (rounds x local_steps x batch_size x sequence_length); allowed: up to {}",
+            units::count(tokens),
+            units::count(TOKENS_PER_SITE_MAX)
+        )
+    });
+}
+
+fn outer(rules: &mut Rules<'_>, optimizer: &OuterOptimizer) {
+    match *optimizer {
+        OuterOptimizer::FedAvg {} => {}
+        OuterOptimizer::Nesterov { learning_rate, momentum } => {
+            rules.number(
+                "outer.optimizer.learning_rate",
+                learning_rate,
+                learning_rate > 0.0,
+                "a positive number",
+            );
+            rules.number(
+                "outer.optimizer.momentum",
+                momentum,
+                (0.0..1.0).contains(&momentum),
+                "0 or more, below 1",
+            );
+        }
+    }
+}
+
+fn participation(rules: &mut Rules<'_>, participation: &ParticipationSpec) {
+    let ParticipationSpec { minimum_clients, clients_per_round, quorum, deadline_seconds } = *participation;
+    rules.check(&["participation.minimum_clients"], (1..=CLIENTS_MAX).contains(&minimum_clients), || {
+        format!("is {minimum_clients}; allowed: 1 to {CLIENTS_MAX}")
+    });
+    rules.check(&["participation.clients_per_round"], clients_per_round <= CLIENTS_MAX, || {
+        format!("is {clients_per_round}; allowed: 0 (all that are ready) to {CLIENTS_MAX}")
+    });
+    let selected = clients_per_round == 0 || quorum <= clients_per_round;
+    rules.check(&["participation.quorum", "participation.clients_per_round"], selected, || {
+        format!("is {quorum}; allowed: 0 to participation.clients_per_round = {clients_per_round}")
+    });
+    rules.check(&["participation.quorum", "participation.minimum_clients"], quorum <= minimum_clients, || {
+        format!("is {quorum}; allowed: 0 to participation.minimum_clients = {minimum_clients}, with which a round begins")
+    });
+    rules.check(&["participation.deadline_seconds"], deadline_seconds <= DEADLINE_SECONDS_MAX, || {
+        format!("is {deadline_seconds}; allowed: 0 (none) to {DEADLINE_SECONDS_MAX}")
+    });
+}
+
+fn evaluation(rules: &mut Rules<'_>, evaluation: &EvaluationSpec) {
+    let EvaluationSpec { held_out_fraction, tokens_max, every_rounds } = *evaluation;
+    let in_range = (0.0..=HELD_OUT_FRACTION_MAX).contains(&held_out_fraction);
+    if every_rounds == 0 {
+        rules.number("evaluation.held_out_fraction", held_out_fraction, in_range, "0 to 0.5");
+        return;
+    }
+    let holds = in_range && held_out_fraction > 0.0;
+    rules.number("evaluation.held_out_fraction", held_out_fraction, holds, "above 0, up to 0.5");
+    rules.check(&["evaluation.tokens_max"], (1..=EVALUATION_TOKENS_MAX).contains(&tokens_max), || {
+        format!("is {tokens_max}; allowed: 1 to {EVALUATION_TOKENS_MAX}")
+    });
+}
+
+fn checkpoints(rules: &mut Rules<'_>, checkpoints: &CheckpointSpec) {
+    for (key, value) in [("every_rounds", checkpoints.every_rounds), ("keep", checkpoints.keep)] {
+        rules.check(&[&format!("checkpoints.{key}")], value <= ROUNDS_MAX, || {
+            format!("is {value}; allowed: 0 to {ROUNDS_MAX}")
+        });
+    }
+}

@@ -1,0 +1,358 @@
+//! What a reader of the error sees.
+
+use proptest::prelude::*;
+
+use super::*;
+
+const LEAST: &str = "name = \"a\"\nrounds = 10\nmodel.architecture = \"llama\"\n";
+
+/// The problems of a specification, one line each.
+fn problems(text: &str) -> Vec<String> {
+    match RunSpec::parse(text) {
+        Ok(_) => Vec::new(),
+        Err(error) => error.problems.iter().map(ToString::to_string).collect(),
+    }
+}
+
+/// `addition` to the least specification gives exactly `expected`.
+#[track_caller]
+fn check(addition: &str, expected: &[&str]) {
+    assert_eq!(problems(&format!("{LEAST}{addition}")), expected, "{addition}");
+}
+
+#[test]
+fn every_mistake_is_listed_at_once() {
+    let text = r#"
+        name = "Not A Name"
+        sed = 3
+        rounds = "many"
+
+        [model]
+        architecture = "llama"
+        hidden_sise = 64
+        num_attention_heads = 3
+        vocab_size = 100
+
+        [tokenizer]
+        kind = "byte"
+        path = "tokenizer.json"
+
+        [training]
+        local_steps = -1
+        batch_size = 12
+        micro_batch_size = 5
+        sequence_length = 4096
+        gradient_clip = nan
+
+        [training.optimizer]
+        kind = "adamw"
+        learning_rate = "fast"
+        beta1 = 1.0
+        beta3 = 0.9
+
+        [training.schedule]
+        kind = "warmup-stable-decay"
+        warmup_steps = 5
+
+        [outer]
+        optimizer = { kind = "fedavg", momentum = 0.5 }
+        weighting = "token"
+
+        [participation]
+        minimum_clients = 2
+        clients_per_round = 3
+        quorum = 4
+
+        [wire]
+        delta_encoding = 16
+        chunk_parameters = 100
+
+        [evaluation]
+        held_out_fraction = 0.9
+
+        [checkpoint]
+        keep = 1
+    "#;
+    let expected = r#"
+name "Not A Name" is not a name; allowed: 1 to 40 of a-z, 0-9 and '-', beginning and ending with a letter or digit
+rounds is "many"; allowed: a whole number from 0 to 4294967295
+model.hidden_sise is not a known key; did you mean `hidden_size`?
+model.num_attention_heads is 3; must divide hidden_size = 128
+model.num_key_value_heads is 2; must divide num_attention_heads = 3
+model.vocab_size is 100; allowed with the byte tokenizer: 257 or more
+tokenizer.path is not a known key; none is allowed here
+training.local_steps is -1; allowed: a whole number from 0 to 4294967295
+training.optimizer.beta3 is not a known key; did you mean `beta2`?
+training.optimizer.learning_rate is "fast"; allowed: a number
+training.schedule.decay_steps is missing; allowed: a whole number, 0 or more
+training.micro_batch_size is 5; allowed: 0, or what divides training.batch_size = 12
+training.sequence_length is 4096; allowed: 1 to the model's context length, 256
+training.gradient_clip is NaN; allowed: 0 (never), or a positive number
+training.optimizer.beta1 is 1; allowed: 0 or more, below 1
+outer.optimizer.momentum is not a known key; none is allowed here
+outer.weighting is "token"; allowed: "tokens", "uniform"
+participation.quorum is 4; allowed: 0 to participation.clients_per_round = 3
+participation.quorum is 4; allowed: 0 to participation.minimum_clients = 2, with which a round begins
+wire.delta_encoding is 16; allowed: "fp32", "bf16"
+wire.chunk_parameters is 100; allowed: 1024 to 1048576
+evaluation.held_out_fraction is 0.9; allowed: above 0, up to 0.5
+checkpoint is not a known key; did you mean `checkpoints`?
+sed is not a known key; did you mean `seed`?
+"#;
+    let actual = problems(text);
+    assert_eq!(actual.join("\n"), expected.trim());
+}
+
+#[test]
+fn the_least_specification_is_valid() {
+    check("", &[]);
+}
+
+#[test]
+fn missing_keys_say_what_is_allowed() {
+    assert_eq!(
+        problems(""),
+        [
+            "name is missing; allowed: 1 to 40 of a-z, 0-9 and '-', beginning and ending with a letter or digit",
+            "rounds is missing; allowed: a whole number from 0 to 4294967295",
+            "model is missing; allowed: a table",
+        ]
+    );
+    check(
+        "training.schedule.warmup_steps = 3",
+        &[r#"training.schedule.kind is missing; allowed: "constant", "cosine", "warmup-stable-decay""#],
+    );
+    check(
+        "tokenizer.kind = \"file\"",
+        &[
+            "tokenizer.path is missing; allowed: a string",
+            "tokenizer.end_of_text is missing; allowed: a string",
+        ],
+    );
+    check("outer.optimizer = {}", &[r#"outer.optimizer.kind is missing; allowed: "fedavg", "nesterov""#]);
+    check(
+        "training.schedule.kind = \"warmup-stable-decay\"",
+        &["training.schedule.decay_steps is missing; allowed: a whole number, 0 or more"],
+    );
+}
+
+#[test]
+fn unknown_variants_list_the_known() {
+    check("training.optimizer.kind = \"adam\"", &[r#"training.optimizer.kind is "adam"; allowed: "adamw""#]);
+    assert_eq!(
+        problems("name = \"a\"\nrounds = 1\nmodel = { architecture = \"mamba\", d_state = 3 }"),
+        [r#"model.architecture is "mamba"; allowed: "llama", "gpt2""#]
+    );
+    check(
+        "training.optimizer_state = \"forget\"",
+        &[r#"training.optimizer_state is "forget"; allowed: "keep", "reset""#],
+    );
+}
+
+#[test]
+fn wrong_types_name_both() {
+    check("training = 3", &["training is 3; allowed: a table"]);
+    check("wire = [1]", &["wire is an array; allowed: a table"]);
+    check("outer.optimizer = 3", &["outer.optimizer is 3; allowed: a table"]);
+    check(
+        "training.schedule = { kind = 3 }",
+        &[r#"training.schedule.kind is 3; allowed: "constant", "cosine", "warmup-stable-decay""#],
+    );
+    check(
+        "evaluation.every_rounds = 1.5",
+        &["evaluation.every_rounds is 1.5; allowed: a whole number from 0 to 4294967295"],
+    );
+    check(
+        "training.batch_size = 99999999999",
+        &["training.batch_size is 99999999999; allowed: a whole number from 0 to 4294967295"],
+    );
+    check(
+        "training.optimizer = { kind = \"adamw\", beta1 = \"0.9\", beta2 = true }",
+        &[
+            r#"training.optimizer.beta1 is "0.9"; allowed: a number"#,
+            "training.optimizer.beta2 is true; allowed: a number",
+        ],
+    );
+}
+
+#[test]
+fn whole_numbers_serve_as_numbers() {
+    check("training = { gradient_clip = 1, optimizer = { kind = \"adamw\", learning_rate = 1 } }", &[]);
+}
+
+#[test]
+fn keys_that_must_fit_each_other_are_checked_together() {
+    check("training = { batch_size = 12, micro_batch_size = 4 }", &[]);
+    check(
+        "training = { batch_size = 12, micro_batch_size = 5 }",
+        &["training.micro_batch_size is 5; allowed: 0, or what divides training.batch_size = 12"],
+    );
+    check(
+        "participation = { minimum_clients = 2, quorum = 3 }",
+        &[
+            "participation.quorum is 3; allowed: 0 to participation.minimum_clients = 2, with which a round begins",
+        ],
+    );
+    check(
+        "participation = { minimum_clients = 4, clients_per_round = 2, quorum = 3 }",
+        &["participation.quorum is 3; allowed: 0 to participation.clients_per_round = 2"],
+    );
+    check("evaluation = { every_rounds = 0, held_out_fraction = 0.0, tokens_max = 0 }", &[]);
+    check(
+        "evaluation.held_out_fraction = 0.0",
+        &["evaluation.held_out_fraction is 0; allowed: above 0, up to 0.5"],
+    );
+}
+
+#[test]
+fn a_schedule_fits_into_its_steps() {
+    check(
+        "training.schedule = { kind = \"constant\", warmup_steps = 1001 }",
+        &["training.schedule.warmup_steps is 1001; allowed: 0 to the run's steps, 1000"],
+    );
+    check(
+        "training.schedule = { kind = \"cosine\", warmup_steps = 51, total_steps = 50 }",
+        &["training.schedule.warmup_steps is 51; allowed: 0 to total_steps, 50"],
+    );
+    check(
+        "training.schedule = { kind = \"warmup-stable-decay\", warmup_steps = 600, decay_steps = 500 }",
+        &[
+            "training.schedule.decay_steps is 500; allowed: 1 to what the warm-up leaves of the run's steps, 400",
+        ],
+    );
+    check(
+        "training.schedule = { kind = \"warmup-stable-decay\", warmup_steps = 600, decay_steps = 400 }",
+        &[],
+    );
+}
+
+#[test]
+fn models_beyond_what_can_be_run_are_refused() {
+    let model =
+        |keys: &str| format!("name = \"a\"\nrounds = 10\nmodel = {{ architecture = \"gpt2\", {keys} }}\n");
+    assert_eq!(
+        problems(&model("n_embd = 65536, n_layer = 256")),
+        ["model has 13.2T parameters; allowed: up to 100B"]
+    );
+    assert_eq!(
+        problems(&(model("n_embd = 4096, n_layer = 32") + "wire.chunk_parameters = 1024")),
+        [
+            "wire.chunk_parameters is 1024, which cuts the model into 6295180 chunks; allowed for its 6446264320 parameters: 49182 or more"
+        ]
+    );
+    assert_eq!(
+        problems(&model("vocab_size = 256")),
+        ["model.vocab_size is 256; allowed with the byte tokenizer: 257 or more"]
+    );
+}
+
+#[test]
+fn a_run_beyond_counting_is_refused() {
+    let text = "name = \"a\"\nrounds = 1000000\nmodel.architecture = \"llama\"\n\
+        training = { local_steps = 1000000, batch_size = 65536, sequence_length = 256 }";
+    assert_eq!(
+        problems(text),
+        [
+            "training gives 16777216T tokens per site (rounds x local_steps x batch_size x sequence_length); allowed: up to 1000T"
+        ]
+    );
+}
+
+#[test]
+fn rules_are_not_applied_to_what_was_misspelt() {
+    check(
+        "training = { batch_size = \"12\", micro_batch_size = 5 }",
+        &[r#"training.batch_size is "12"; allowed: a whole number from 0 to 4294967295"#],
+    );
+}
+
+#[test]
+fn what_is_not_toml_is_told_with_its_place() {
+    check("training = [", &["line 4, column 13: not TOML: unclosed array, expected `]`"]);
+    check("rounds = 3", &["line 4, column 1: not TOML: duplicate key"]);
+    check(
+        "é = é",
+        &["line 4, column 1: not TOML: invalid unquoted key, expected letters, numbers, `-`, `_`"],
+    );
+}
+
+#[test]
+fn a_specification_beyond_the_limit_is_refused_unread() {
+    assert_eq!(
+        problems(&" ".repeat(SPEC_BYTES_MAX + 1)),
+        ["the specification has 1048577 bytes; allowed: 1048576"]
+    );
+}
+
+#[test]
+fn a_flood_of_problems_is_cut() {
+    let flood: String = (0..500).map(|index| format!("key{index} = 1\n")).collect();
+    let problems = problems(&flood);
+    assert_eq!(problems.len(), 101);
+    assert_eq!(problems[100], "more than 100 problems: the others are not listed");
+}
+
+#[test]
+fn an_error_reads_as_a_list() {
+    let error = RunSpec::parse("name = \"a\"\nmodel.architecture = \"llama\"").unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the specification has a problem:\n  rounds is missing; allowed: a whole number from 0 to 4294967295"
+    );
+}
+
+/// The reference with one line changed.
+fn mutation() -> impl Strategy<Value = String> {
+    let lines: Vec<&str> = RunSpec::reference().lines().collect();
+    let value = prop_oneof![
+        "[ -~]{0,12}",
+        any::<i64>().prop_map(|value| value.to_string()),
+        any::<f64>().prop_map(|value| format!("{value:?}")),
+        prop::sample::select(vec![
+            "\"\"",
+            "[]",
+            "{}",
+            "true",
+            "1979-05-27",
+            "nan",
+            "-inf",
+            "{ kind = \"byte\" }"
+        ])
+        .prop_map(str::to_owned),
+    ];
+    (prop::collection::vec((0..lines.len(), value, 0..4u8), 1..5)).prop_map(move |changes| {
+        let mut lines: Vec<String> = lines.iter().map(|line| (*line).to_owned()).collect();
+        for (index, value, kind) in changes {
+            let key = lines[index].split('=').next().unwrap_or_default().to_owned();
+            lines[index] = match kind {
+                0 => String::new(),
+                1 => value,
+                2 => key.trim_start_matches('#').to_owned() + "= " + &value,
+                _ => lines[index].trim_start_matches('#').to_owned(),
+            };
+        }
+        lines.join("\n")
+    })
+}
+
+proptest! {
+    #[test]
+    fn arbitrary_text_never_panics(text in "\\PC{0,200}") {
+        let _ = RunSpec::parse(&text);
+    }
+
+    #[test]
+    fn a_changed_reference_is_valid_or_has_problems_with_known_paths(text in mutation()) {
+        match RunSpec::parse(&text) {
+            Ok(spec) => {
+                prop_assert!(spec.chunk_plan().chunks() > 0);
+                let written = toml::to_string(&spec).unwrap();
+                prop_assert_eq!(RunSpec::parse(&written).unwrap(), spec);
+            }
+            Err(error) => {
+                prop_assert!(!error.problems.is_empty());
+                prop_assert!(error.problems.iter().all(|problem| !problem.message.is_empty()));
+            }
+        }
+    }
+}
