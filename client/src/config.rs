@@ -1,0 +1,279 @@
+//! The site's own configuration: one TOML file, then environment variables over it.
+//!
+//! `CONSORT_CLIENT_ENDPOINT` overrides `endpoint`, `CONSORT_CLIENT_TLS__KEY` overrides `tls.key`: two
+//! underscores go one table down. It holds only what is the site's; what a run asks for is in the run's
+//! specification.
+
+use std::path::{Path, PathBuf};
+
+use consort_common::{
+    telemetry::LogFormat,
+    tls::{CredentialFiles, ServerAddress},
+};
+use figment::{
+    Figment, Provider,
+    providers::{Env, Format, Toml},
+    value::{Dict, Value},
+};
+use serde::Deserialize;
+
+use crate::trainer::DeviceChoice;
+
+/// Prefix of the environment variables that override the file.
+pub const ENVIRONMENT_PREFIX: &str = "CONSORT_CLIENT_";
+
+/// Every key with its meaning and its default, in the form of a file; the defaults are taken from here.
+pub const REFERENCE: &str = include_str!("client.reference.toml");
+
+/// Keys that have no default: the reference's values for them are examples.
+const REQUIRED: [(&str, &str); 2] = [
+    ("endpoint", "write the aggregator's address, as in endpoint = \"aggregator.example.org:7443\""),
+    ("data.path", "write the folder with this site's text, as in [data] path = \"/srv/text\""),
+];
+
+/// Least and most seconds between two local checkpoints.
+const CHECKPOINT_SECONDS: std::ops::RangeInclusive<u64> = 1..=3600;
+/// Most CPU threads that can be asked for.
+const THREADS_MAX: u32 = 1024;
+
+/// A site's configuration.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The aggregator, as HOST:PORT.
+    pub endpoint: ServerAddress,
+    /// Where the daemon keeps what it needs to resume.
+    pub state_directory: PathBuf,
+    /// This site's certificate, its key, the federation's CA.
+    pub tls: CredentialFiles,
+    /// The site's text.
+    pub data: Data,
+    /// What computes.
+    pub device: Device,
+    /// Local training, as far as it is the site's business.
+    pub training: Training,
+    /// What is logged, to standard error.
+    pub log: Log,
+}
+
+/// The site's text.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Data {
+    /// A folder of .txt, .txt.gz, .jsonl, .jsonl.gz or .jsonl.zst files, searched recursively.
+    pub path: PathBuf,
+}
+
+/// What computes.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Device {
+    /// The device.
+    pub kind: DeviceChoice,
+    /// CPU threads for training; 0: all cores.
+    pub threads: u32,
+}
+
+/// Local training, as far as it is the site's business.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Training {
+    /// Seconds between two local checkpoints.
+    pub checkpoint_seconds: u64,
+}
+
+/// What is logged, to standard error.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Log {
+    /// "human" or "json".
+    pub format: LogFormat,
+    /// A `tracing` filter.
+    pub filter: String,
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// There is no such file.
+    #[error("there is no configuration at {path}; `consort pki issue site NAME` writes one, or name yours with --config", path = .0.display())]
+    Missing(PathBuf),
+    /// Something in it, or in the environment, is wrong.
+    #[error("the configuration {path} cannot be used:{problems}", path = path.display(), problems = lines(problems))]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// All that is wrong, each with the path of its key.
+        problems: Vec<String>,
+    },
+}
+
+fn lines(problems: &[String]) -> String {
+    problems.iter().map(|problem| format!("\n  {problem}")).collect()
+}
+
+impl Config {
+    /// Reads the file and the environment; relative paths start at the file's folder.
+    ///
+    /// # Errors
+    /// If the file is missing, or with everything in it that is not allowed.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        if !path.is_file() {
+            return Err(ConfigError::Missing(path.to_owned()));
+        }
+        let environment = Env::prefixed(ENVIRONMENT_PREFIX).split("__");
+        let mut config = read(Toml::file_exact(path), environment)
+            .map_err(|problems| ConfigError::Invalid { path: path.to_owned(), problems })?;
+        let folder = std::path::absolute(path)
+            .ok()
+            .and_then(|path| path.parent().map(Path::to_owned))
+            .unwrap_or_default();
+        config.state_directory = folder.join(&config.state_directory);
+        config.data.path = folder.join(&config.data.path);
+        config.tls = config.tls.relative_to(&folder);
+        Ok(config)
+    }
+}
+
+fn read(file: impl Provider, environment: impl Provider) -> Result<Config, Vec<String>> {
+    let mut given = Vec::new();
+    for provider in [provided(&file)?, provided(&environment)?] {
+        leaves("", provider, &mut given);
+    }
+    // Key by key over a file that is right, so that each wrong key is found and not only the first.
+    let mut problems: Vec<String> = given
+        .iter()
+        .filter_map(|(key, value)| {
+            let figment = Figment::from(Toml::string(REFERENCE)).merge((key.as_str(), value));
+            let error = figment.extract::<Config>().err()?;
+            Some(format!("{key}: {}", error.kind))
+        })
+        .collect();
+    for (key, advice) in REQUIRED {
+        if !given.iter().any(|(given, _)| given == key) {
+            problems.push(format!("{key}: is missing; {advice}"));
+        }
+    }
+    let figment = given.iter().fold(Figment::from(Toml::string(REFERENCE)), |figment, (key, value)| {
+        figment.merge((key.as_str(), value))
+    });
+    match figment.extract::<Config>() {
+        Ok(config) => {
+            problems.extend(check(&config));
+            if problems.is_empty() { Ok(config) } else { Err(problems) }
+        }
+        Err(error) if problems.is_empty() => Err(vec![error.to_string()]),
+        Err(_) => Err(problems),
+    }
+}
+
+fn provided(provider: &impl Provider) -> Result<Dict, Vec<String>> {
+    match provider.data() {
+        Ok(profiles) => Ok(profiles.into_iter().flat_map(|(_, dict)| dict).collect()),
+        Err(error) => Err(vec![error.to_string()]),
+    }
+}
+
+fn leaves(prefix: &str, dict: Dict, given: &mut Vec<(String, Value)>) {
+    for (key, value) in dict {
+        let key = if prefix.is_empty() { key } else { format!("{prefix}.{key}") };
+        match value {
+            Value::Dict(_, dict) if !dict.is_empty() => leaves(&key, dict, given),
+            // An empty table says nothing.
+            Value::Dict(..) => {}
+            value => given.push((key, value)),
+        }
+    }
+}
+
+fn check(config: &Config) -> Vec<String> {
+    let mut problems = Vec::new();
+    if !CHECKPOINT_SECONDS.contains(&config.training.checkpoint_seconds) {
+        problems.push(format!(
+            "training.checkpoint_seconds: is {}; allowed: {} to {}",
+            config.training.checkpoint_seconds,
+            CHECKPOINT_SECONDS.start(),
+            CHECKPOINT_SECONDS.end()
+        ));
+    }
+    if config.device.threads > THREADS_MAX {
+        problems.push(format!("device.threads: is {}; allowed: 0 to {THREADS_MAX}", config.device.threads));
+    }
+    problems
+}
+
+#[cfg(test)]
+mod tests {
+    use figment::providers::Serialized;
+
+    use super::*;
+
+    const LEAST: &str = "endpoint = 'localhost:1'\n[data]\npath = 'text'\n";
+
+    fn check_problems(file: &str, environment: &[(&str, &str)], expected: &[&str]) {
+        let environment: Dict =
+            environment.iter().map(|(key, value)| ((*key).to_owned(), Value::from(*value))).collect();
+        let problems = read(Toml::string(file), Serialized::defaults(environment)).err().unwrap_or_default();
+        assert_eq!(problems.len(), expected.len(), "{problems:?}");
+        for word in expected {
+            assert!(
+                problems.iter().any(|problem| problem.starts_with(word)),
+                "{word:?} is not in {problems:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_reference_is_a_configuration() {
+        let config = read(Toml::string(REFERENCE), Serialized::defaults(Dict::new())).unwrap();
+        assert_eq!(config.endpoint.to_string(), "aggregator.example.org:7443");
+        assert_eq!(config.device.kind, DeviceChoice::Auto);
+    }
+
+    #[test]
+    fn the_required_keys_are_enough() {
+        check_problems(LEAST, &[], &[]);
+    }
+
+    #[test]
+    fn every_problem_is_listed_with_its_key() {
+        check_problems("", &[], &["endpoint: is missing", "data.path: is missing"]);
+        check_problems(
+            "endpoint = 'nowhere'\nlisten = 3\n[data]\npath = 7\n[device]\nkind = 'tpu'\nthreads = -1\n[tsl]\nkey = 'k'",
+            &[],
+            &[
+                "endpoint: ",
+                "listen: unknown field",
+                "data.path: ",
+                "device.kind: ",
+                "device.threads: ",
+                "tsl.key: ",
+            ],
+        );
+        check_problems(
+            &format!("{LEAST}[training]\ncheckpoint_seconds = 0"),
+            &[],
+            &["training.checkpoint_seconds: is 0"],
+        );
+        check_problems("endpoint = ", &[], &[""]);
+    }
+
+    #[test]
+    fn the_environment_wins_over_the_file() {
+        let environment = Serialized::global("log.format", "json");
+        let config = read(Toml::string(&format!("{LEAST}[log]\nformat = 'human'")), environment).unwrap();
+        assert_eq!(config.log.format, LogFormat::Json);
+        check_problems(LEAST, &[("endpoint", "http://x:1")], &["endpoint: "]);
+    }
+
+    #[test]
+    fn relative_paths_start_at_the_files_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("client.toml");
+        std::fs::write(&path, LEAST).unwrap();
+        let config = Config::load(&path).unwrap();
+        assert_eq!(config.data.path, folder.path().join("text"));
+        assert_eq!(config.tls.key, folder.path().join("key.pem"));
+        assert!(matches!(Config::load(&folder.path().join("other.toml")), Err(ConfigError::Missing(_))));
+    }
+}

@@ -1,0 +1,25 @@
+//! Consort's daemon for partner sites: it joins a federation, tokenises the site's text, trains rounds and
+//! delivers deltas. Connections are outbound only, and no text leaves.
+//!
+//! `session` keeps the connection and hears instructions; `supervisor` starts and stops the `work` that they
+//! ask for; `prepare` and `round` do it, with `transfer` (models over the network), `data` (the site's text),
+//! `local_steps` and `trainer` (libtorch, the only user of `tch`). `daemon` puts the parts together.
+
+pub mod backoff;
+pub mod config;
+pub mod daemon;
+pub mod data;
+#[cfg(test)]
+mod fake;
+pub mod link;
+pub mod local_steps;
+pub mod model_file;
+pub mod prepare;
+pub mod progress;
+pub mod round;
+pub mod session;
+pub mod state;
+pub mod supervisor;
+pub mod trainer;
+pub mod transfer;
+pub mod work;

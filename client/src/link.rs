@@ -1,0 +1,227 @@
+//! The session as the rest of the daemon sees it: there is one, or there will be one again.
+//!
+//! The session loop opens sessions and publishes them here; everybody else makes calls through
+//! [`Link::call`], which waits for a session and repeats what failed for a passing reason. A lost
+//! connection thus delays work and never ends it.
+
+use std::{future::Future, time::Duration};
+
+use consort_proto::v1::federation_client::FederationClient;
+use tokio::sync::watch;
+use tonic::{Code, Request, Status, transport::Channel};
+use tracing::{debug, warn};
+
+use crate::backoff::{Backoff, NETWORK};
+
+/// How long one call without a stream may take.
+const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// An open session.
+#[derive(Debug, Clone)]
+pub struct Session {
+    /// Names the session in calls.
+    pub id: Vec<u8>,
+    /// Calls; cheap to clone.
+    pub client: FederationClient<Channel>,
+    /// Counts the sessions of this process.
+    pub generation: u64,
+}
+
+/// Hands out the current session.
+#[derive(Debug, Clone)]
+pub struct Link {
+    sessions: watch::Receiver<Option<Session>>,
+    stale: watch::Sender<u64>,
+}
+
+/// The session loop's end of a [`Link`].
+#[derive(Debug)]
+pub struct LinkKeeper {
+    sessions: watch::Sender<Option<Session>>,
+    stale: watch::Receiver<u64>,
+}
+
+/// What a failed call means for the caller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    /// Passing: the same call can succeed later.
+    Repeat,
+    /// The aggregator does not know the session (any more): join, then repeat.
+    Rejoin,
+    /// The same call fails again.
+    Final,
+}
+
+fn verdict(code: Code) -> Verdict {
+    match code {
+        Code::Aborted => Verdict::Rejoin,
+        // Unknown and Internal are also what a connection that broke in the middle of a call looks like.
+        Code::Unavailable
+        | Code::DeadlineExceeded
+        | Code::ResourceExhausted
+        | Code::Cancelled
+        | Code::Unknown
+        | Code::Internal
+        | Code::DataLoss => Verdict::Repeat,
+        _ => Verdict::Final,
+    }
+}
+
+/// A link without a session, and the end that provides them.
+pub fn link() -> (Link, LinkKeeper) {
+    let (sessions_sender, sessions) = watch::channel(None);
+    let (stale, stale_receiver) = watch::channel(0);
+    (Link { sessions, stale }, LinkKeeper { sessions: sessions_sender, stale: stale_receiver })
+}
+
+impl LinkKeeper {
+    /// From now on calls use this session; with none they wait.
+    pub fn publish(&self, session: Option<Session>) {
+        self.sessions.send_replace(session);
+    }
+
+    /// Returns when a call was told that the session of this generation is unknown.
+    pub async fn refused(&mut self, generation: u64) {
+        // Without any link left there is nobody who could be refused.
+        if self.stale.wait_for(|stale| *stale >= generation).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+impl Link {
+    /// The session, once there is one.
+    async fn session(&self) -> Session {
+        let mut sessions = self.sessions.clone();
+        loop {
+            if let Ok(session) = sessions.wait_for(Option::is_some).await
+                && let Some(session) = session.clone()
+            {
+                return session;
+            }
+            // The session loop has ended: the daemon is shutting down and will drop this call.
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// The session, if there is one now.
+    pub fn current(&self) -> Option<Session> {
+        self.sessions.borrow().clone()
+    }
+
+    /// Calls until it succeeds or fails for good; `what` names the call in the log. Dropping the future
+    /// gives up.
+    ///
+    /// # Errors
+    /// The status of a call whose repetition would fail as well.
+    pub async fn call<T, F, Answer>(&self, what: &str, mut call: F) -> Result<T, Status>
+    where
+        F: FnMut(Session) -> Answer,
+        Answer: Future<Output = Result<T, Status>>,
+    {
+        let mut backoff = Backoff::new(NETWORK);
+        loop {
+            let session = self.session().await;
+            let generation = session.generation;
+            let status = match call(session).await {
+                Ok(answer) => return Ok(answer),
+                Err(status) => status,
+            };
+            match verdict(status.code()) {
+                Verdict::Final => return Err(status),
+                Verdict::Rejoin => {
+                    debug!("{what}: the session is unknown to the aggregator");
+                    self.stale.send_if_modified(|stale| {
+                        let newer = *stale < generation;
+                        *stale = generation.max(*stale);
+                        newer
+                    });
+                    self.successor(generation).await;
+                }
+                Verdict::Repeat => {
+                    let wait = backoff.next(&mut rand::rng());
+                    warn!("{what} failed ({}); next try in {:.1} s", describe(&status), wait.as_secs_f64());
+                    tokio::time::sleep(wait).await;
+                }
+            }
+        }
+    }
+
+    /// Waits until the session is another one.
+    async fn successor(&self, generation: u64) {
+        let newer = |session: &Option<Session>| session.as_ref().is_some_and(|s| s.generation > generation);
+        if self.sessions.clone().wait_for(newer).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// A request that must be answered within a minute.
+pub fn request<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(CALL_TIMEOUT);
+    request
+}
+
+/// A status in words: the connection's own reason where there is one, else the aggregator's sentence.
+pub fn describe(status: &Status) -> String {
+    match consort_common::tls::explain(status) {
+        Some(reason) => reason.to_string(),
+        None if status.message().is_empty() => format!("{}", status.code()),
+        None => status.message().to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    fn session(generation: u64) -> Session {
+        let channel = Channel::from_static("http://localhost:1").connect_lazy();
+        Session { id: vec![1], client: FederationClient::new(channel), generation }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_waits_for_a_session_and_is_repeated_until_it_succeeds() {
+        let (link, keeper) = link();
+        let calls = AtomicU32::new(0);
+        let call = link.call("test", |_| async {
+            match calls.fetch_add(1, Ordering::Relaxed) {
+                0..5 => Err(Status::unavailable("not yet")),
+                _ => Ok(7),
+            }
+        });
+        let (answer, ()) = tokio::join!(call, async { keeper.publish(Some(session(1))) });
+        assert_eq!(answer.unwrap(), 7);
+        assert_eq!(calls.load(Ordering::Relaxed), 6);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_unknown_session_is_reported_once_and_the_call_goes_on_with_the_next() {
+        let (link, mut keeper) = link();
+        keeper.publish(Some(session(3)));
+        let call = link.call("test", |session| async move {
+            if session.generation == 3 { Err(Status::aborted("join again")) } else { Ok(session.generation) }
+        });
+        let renew = async {
+            keeper.refused(3).await;
+            keeper.publish(Some(session(4)));
+        };
+        let (answer, ()) = tokio::join!(call, renew);
+        assert_eq!(answer.unwrap(), 4);
+    }
+
+    #[tokio::test]
+    async fn what_would_fail_again_is_returned_at_once() {
+        let (link, keeper) = link();
+        keeper.publish(Some(session(1)));
+        for code in [Code::FailedPrecondition, Code::InvalidArgument, Code::PermissionDenied, Code::NotFound]
+        {
+            let answer: Result<(), Status> =
+                link.call("test", |_| async { Err(Status::new(code, "no")) }).await;
+            assert_eq!(answer.unwrap_err().code(), code);
+        }
+    }
+}

@@ -1,0 +1,318 @@
+//! One round: the base model down, its held-out loss, local steps, the delta up. And measuring a model
+//! without training it.
+//!
+//! The rule that everything here keeps: the same round of the same run gives the same bits (on a CPU),
+//! however often the site was killed, disconnected or asked again. A round therefore begins with the state
+//! that the site had after an earlier round, which stays until a later round begins; and its delta is
+//! durable, with the state after the round, before the first byte of it is sent.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use consort_common::{
+    atomic_file::write_atomically,
+    ids::{Digest, RunName},
+};
+use consort_proto::v1::{ClientActivity, Evaluation, ReportEvaluationRequest};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::{
+    daemon::Context,
+    link::request,
+    local_steps::{self, Job, Trained},
+    model_file::ModelFile,
+    prepare::{Material, material},
+    state::{self, StateError},
+    trainer::{Trainer, WorkerError, checkpoint},
+    transfer::{
+        Delta, DeltaDescription, UploadOutcome, download_model, draw_delta_id, encoded_bytes, is_too_late,
+        upload_delta,
+    },
+    work::{EvaluateTask, TrainTask, WorkError},
+};
+
+/// Trains a round and delivers its delta.
+///
+/// # Errors
+/// If the round cannot be trained or delivered; [`WorkError::Cancelled`] when it is no longer wanted.
+pub async fn train(
+    context: &Arc<Context>,
+    task: &TrainTask,
+    cancel: &CancellationToken,
+) -> Result<(), WorkError> {
+    let material = material(context, &task.run, cancel).await?;
+    check(&material, task)?;
+    let round = Round { context, material: &material, cancel };
+    let base = Base { version: task.round - 1, digest: task.base_digest };
+    let measured = if task.evaluate_base { Some(round.measure(base).await) } else { None };
+    // A report that waits for the connection delays no training.
+    let report = async {
+        match measured {
+            Some(measured) => round.report(base, measured?).await,
+            None => Ok(()),
+        }
+    };
+    let deliver = async {
+        let delta = match finished(&material, task) {
+            Some(delta) => delta,
+            None => round.compute(task, base).await?,
+        };
+        round.send(&delta).await
+    };
+    let (reported, delivered) = tokio::join!(report, deliver);
+    if let Err(error) = reported
+        && !matches!(error, WorkError::Cancelled)
+    {
+        warn!("the held-out loss of version {} was not reported: {error}", base.version);
+    }
+    delivered
+}
+
+/// Measures a global model and reports its held-out loss.
+///
+/// # Errors
+/// If the model cannot be had or measured, or the report is refused.
+pub async fn evaluate(
+    context: &Arc<Context>,
+    task: &EvaluateTask,
+    cancel: &CancellationToken,
+) -> Result<(), WorkError> {
+    let material = material(context, &task.run, cancel).await?;
+    check_manifest(&material, task.manifest_digest)?;
+    let round = Round { context, material: &material, cancel };
+    let base = Base { version: task.version, digest: task.digest };
+    let measured = round.measure(base).await?;
+    round.report(base, measured).await
+}
+
+/// A global model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Base {
+    version: u32,
+    digest: Digest,
+}
+
+fn check_manifest(material: &Material, theirs: Digest) -> Result<(), WorkError> {
+    let ours = material.manifest_digest;
+    if ours == theirs { Ok(()) } else { Err(WorkError::Manifest { ours, theirs }) }
+}
+
+fn check(material: &Material, task: &TrainTask) -> Result<(), WorkError> {
+    check_manifest(material, task.manifest_digest)?;
+    let tokens = material.spec.tokens(task.steps);
+    if tokens != task.tokens {
+        return Err(WorkError::Tokens { steps: task.steps, ours: tokens, theirs: task.tokens });
+    }
+    Ok(())
+}
+
+/// The round's delta, if it was computed before.
+fn finished(material: &Material, task: &TrainTask) -> Option<Delta> {
+    let delta = Delta::open(&material.directory, task.round, material.plan)?;
+    let description = &delta.description;
+    let same = description.spec_digest == task.run.spec_digest
+        && description.base_digest == task.base_digest
+        && description.first_step == task.first_step
+        && description.steps == task.steps;
+    same.then_some(delta)
+}
+
+/// The held-out loss of one model, as kept on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Measured {
+    /// The model.
+    digest: Digest,
+    /// Nats per token.
+    loss: f64,
+    /// Tokens predicted.
+    tokens: u64,
+    /// Bytes of their text.
+    text_bytes: u64,
+}
+
+/// What the steps of a round share.
+#[derive(Clone, Copy)]
+struct Round<'a> {
+    context: &'a Arc<Context>,
+    material: &'a Arc<Material>,
+    cancel: &'a CancellationToken,
+}
+
+impl Round<'_> {
+    fn run(&self) -> &RunName {
+        &self.material.run.name
+    }
+
+    /// The file of a global model, downloaded if it is not there.
+    async fn download(&self, base: Base) -> Result<PathBuf, WorkError> {
+        let bytes = self.material.plan.parameters() * 4;
+        let activity =
+            self.context.reporter.begin(self.run(), base.version, ClientActivity::Downloading, bytes);
+        let model = (self.run(), base.version, base.digest);
+        let download = download_model(
+            &self.context.link,
+            &self.material.directory,
+            model,
+            self.material.plan,
+            &activity,
+        );
+        Ok(self.cancel.run_until_cancelled(download).await.ok_or(WorkError::Cancelled)??)
+    }
+
+    /// Does a job on the trainer's thread, with a trainer of this run.
+    async fn on_trainer<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut Trainer) -> Result<T, WorkError> + Send + 'static,
+    ) -> Result<T, WorkError> {
+        let (material, device) = (self.material.clone(), self.context.device);
+        let trainer_of = self.context.trainer_of.clone();
+        let done = self.context.worker.run(move |slot| {
+            let mut trainer_of = trainer_of.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let trainer = match slot {
+                Some(trainer) if *trainer_of == Some(material.run.spec_digest) => trainer,
+                _ => {
+                    // The old one first: the device may not have room for two.
+                    *slot = None;
+                    *trainer_of = Some(material.run.spec_digest);
+                    let spec = &material.spec;
+                    slot.insert(Trainer::new(&spec.model, &spec.training, spec.run_steps(), device)?)
+                }
+            };
+            job(trainer)
+        });
+        done.await.map_err(|error: WorkerError| WorkError::Internal(error.to_string()))?
+    }
+
+    /// The held-out loss of a model: measured once, then remembered.
+    async fn measure(&self, base: Base) -> Result<Measured, WorkError> {
+        let path = self.material.directory.evaluation(base.version);
+        let kept = fs::read(&path).ok().and_then(|json| serde_json::from_slice::<Measured>(&json).ok());
+        if let Some(measured) = kept.filter(|measured| measured.digest == base.digest) {
+            return Ok(measured);
+        }
+        let model = self.download(base).await?;
+        let (material, cancel) = (self.material.clone(), self.cancel.clone());
+        let activity = self.context.reporter.begin(self.run(), base.version, ClientActivity::Evaluating, 0);
+        let measured = self.on_trainer(move |trainer| {
+            trainer.load(ModelFile::open(&model)?.values())?;
+            let (sum, text_bytes) = local_steps::held_out_loss(trainer, &material, &activity, &cancel)?;
+            Ok(Measured { digest: base.digest, loss: sum.loss(), tokens: sum.tokens, text_bytes })
+        });
+        let measured = measured.await?;
+        info!(
+            "version {}: held-out loss {:.4} nats per token, perplexity {:.3}, over {} tokens",
+            base.version,
+            measured.loss,
+            measured.loss.exp(),
+            measured.tokens
+        );
+        let json = serde_json::to_vec_pretty(&measured).unwrap_or_default();
+        write_atomically(&path, &json).map_err(StateError::Write)?;
+        Ok(measured)
+    }
+
+    async fn report(&self, base: Base, measured: Measured) -> Result<(), WorkError> {
+        let Measured { loss, tokens, text_bytes, .. } = measured;
+        let evaluation = Evaluation { version: base.version, loss, tokens, text_bytes };
+        let what = "reporting the held-out loss";
+        let call = self.context.link.call(what, async |mut session| {
+            let report = ReportEvaluationRequest {
+                session_id: session.id,
+                run: self.run().to_string(),
+                evaluation: Some(evaluation),
+            };
+            session.client.report_evaluation(request(report)).await
+        });
+        let reported = self.cancel.run_until_cancelled(call).await.ok_or(WorkError::Cancelled)?;
+        reported.map(drop).map_err(|status| WorkError::Refused { what, status })
+    }
+
+    /// Trains the round and makes its delta durable.
+    async fn compute(&self, task: &TrainTask, base: Base) -> Result<Delta, WorkError> {
+        let model = self.download(base).await?;
+        self.material.directory.begin_round(task.round)?;
+        let steps = u64::from(task.steps);
+        let job = Job {
+            material: self.material.clone(),
+            task: task.clone(),
+            base: model.clone(),
+            checkpoint_interval: self.context.checkpoint_interval,
+            activity: self.context.reporter.begin(self.run(), task.round, ClientActivity::Training, steps),
+            cancel: self.cancel.clone(),
+        };
+        let trained = self.on_trainer(move |trainer| local_steps::train(trainer, &job)).await?;
+        info!(
+            "round {}: {} steps, loss {:.4}, {:.1} s of training",
+            task.round, task.steps, trained.train_loss, trained.progress.seconds
+        );
+        let (material, task) = (self.material.clone(), task.clone());
+        let keeping = tokio::task::spawn_blocking(move || keep(&material, &task, &model, trained));
+        keeping.await.map_err(|error| WorkError::Internal(error.to_string()))?
+    }
+
+    /// Delivers the delta, for as long as that makes sense.
+    async fn send(&self, delta: &Delta) -> Result<(), WorkError> {
+        let round = delta.description.round;
+        let bytes = delta.description.encoded_bytes;
+        let activity = self.context.reporter.begin(self.run(), round, ClientActivity::Uploading, bytes);
+        let upload = upload_delta(&self.context.link, self.run(), delta, &activity);
+        match self.cancel.run_until_cancelled(upload).await.ok_or(WorkError::Cancelled)? {
+            Ok(UploadOutcome::Accepted) => info!("round {round}: the delta was accepted"),
+            Ok(UploadOutcome::Duplicate) => info!("round {round}: the delta had been accepted before"),
+            Err(error) if is_too_late(&error) => {
+                warn!("round {round}: {error}; the delta is dropped");
+                Delta::remove(&self.material.directory, round)?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
+    }
+}
+
+/// Makes the round's result durable: values, then the site's state after the round, then the description
+/// that makes both count. What is interrupted in between is computed again, to the same bits.
+fn keep(material: &Material, task: &TrainTask, base: &Path, trained: Trained) -> Result<Delta, WorkError> {
+    let directory = &material.directory;
+    let mut values = trained.parameters;
+    let base = ModelFile::open(base)?;
+    values.par_iter_mut().zip(base.values()).for_each(|(local, base)| *local -= base);
+    let norm = norm(&values);
+    if !norm.is_finite() {
+        return Err(WorkError::Diverged { round: task.round, norm });
+    }
+    let digest = Delta::write_values(directory, task.round, &values)?;
+    checkpoint::save(&directory.site_state(task.round), &trained.progress, &[], &trained.moments)?;
+    let encoding = material.spec.wire.delta_encoding;
+    let description = DeltaDescription {
+        round: task.round,
+        spec_digest: task.run.spec_digest,
+        manifest_digest: material.manifest_digest,
+        base_digest: task.base_digest,
+        first_step: task.first_step,
+        steps: task.steps,
+        tokens: task.tokens,
+        train_loss: trained.train_loss,
+        train_seconds: trained.progress.seconds,
+        norm,
+        digest,
+        encoding,
+        encoded_bytes: encoded_bytes(&values, material.plan, encoding),
+        delta_id: draw_delta_id(),
+    };
+    Delta::describe(directory, &description)?;
+    state::remove(&directory.checkpoint())?;
+    finished(material, task)
+        .ok_or_else(|| WorkError::Internal(format!("the delta of round {} does not read back", task.round)))
+}
+
+/// L2 norm, summed in f64 in the order of the values: a number for people, not part of the result.
+fn norm(values: &[f32]) -> f64 {
+    values.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt()
+}
