@@ -122,7 +122,7 @@ fn sibling(path: &Path, suffix: &str) -> PathBuf {
 }
 
 /// Adds the path and what was attempted to an error, keeping its kind.
-fn named<T>(attempt: &str, path: &Path, result: io::Result<T>) -> io::Result<T> {
+pub(crate) fn named<T>(attempt: &str, path: &Path, result: io::Result<T>) -> io::Result<T> {
     result.map_err(|error| {
         io::Error::new(error.kind(), format!("cannot {attempt} {}: {error}", path.display()))
     })

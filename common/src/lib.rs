@@ -6,6 +6,7 @@
 #![warn(missing_docs)]
 
 pub mod atomic_file;
+pub mod checkpoint;
 pub mod chunk;
 pub mod codec;
 pub mod identity;

@@ -4,7 +4,10 @@
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::{CONTEXT_MAX, Init, LAYERS_MAX, TensorSpec, VOCABULARY_MAX, WIDTH_MAX, check_range};
+use super::{
+    CONTEXT_MAX, Init, LAYERS_MAX, TensorSpec, VOCABULARY_MAX, WIDTH_MAX, check_range,
+    hugging_face::{ConfigError, ConfigReader},
+};
 
 /// Hyper-parameters; keys are those of Hugging Face's `GPT2Config`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -95,9 +98,33 @@ impl Gpt2Config {
             "n_layer": self.n_layer,
             "n_positions": self.n_positions,
             "tie_word_embeddings": true,
+            // transformers 4 reads torch_dtype, 5 reads dtype.
             "torch_dtype": "float32",
+            "dtype": "float32",
             "use_cache": true,
             "vocab_size": self.vocab_size,
+        })
+    }
+
+    /// The inverse of [`Self::hugging_face_config`]; defaults are those of `transformers`' `GPT2Config`.
+    /// Dropout is not taken over: pretraining here has none.
+    pub(super) fn from_hugging_face(reader: &ConfigReader<'_>) -> Result<Self, ConfigError> {
+        // Two names for one function.
+        reader.require("activation_function", &["gelu_new".into(), "gelu_pytorch_tanh".into()])?;
+        reader.require("scale_attn_weights", &[true.into()])?;
+        reader.require("scale_attn_by_inverse_layer_idx", &[false.into()])?;
+        reader.require("add_cross_attention", &[false.into()])?;
+        reader.require("tie_word_embeddings", &[true.into()])?;
+        let n_embd = reader.size("n_embd", 768)?;
+        reader.require("n_inner", &[n_embd.saturating_mul(4).into()])?;
+        Ok(Self {
+            vocab_size: reader.size("vocab_size", 50_257)?,
+            n_positions: reader.size("n_positions", 1024)?,
+            n_embd,
+            n_layer: reader.size("n_layer", 12)?,
+            n_head: reader.size("n_head", 12)?,
+            layer_norm_epsilon: reader.number("layer_norm_epsilon", 1e-5)?,
+            initializer_range: reader.number("initializer_range", 0.02)?,
         })
     }
 

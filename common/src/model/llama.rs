@@ -4,7 +4,10 @@
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::{CONTEXT_MAX, Init, LAYERS_MAX, TensorSpec, VOCABULARY_MAX, WIDTH_MAX, check_range};
+use super::{
+    CONTEXT_MAX, Init, LAYERS_MAX, TensorSpec, VOCABULARY_MAX, WIDTH_MAX, check_range,
+    hugging_face::{ConfigError, ConfigReader},
+};
 
 /// Hyper-parameters; keys and defaults are those of Hugging Face's `LlamaConfig`, sizes excepted.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -107,12 +110,51 @@ impl LlamaConfig {
             "num_hidden_layers": self.num_hidden_layers,
             "num_key_value_heads": self.num_key_value_heads,
             "rms_norm_eps": self.rms_norm_eps,
+            // transformers 4 reads rope_theta and torch_dtype, 5 reads rope_parameters and dtype.
             "rope_theta": self.rope_theta,
+            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
             "tie_word_embeddings": self.tie_word_embeddings,
             "torch_dtype": "float32",
+            "dtype": "float32",
             "use_cache": true,
             "vocab_size": self.vocab_size,
         })
+    }
+
+    /// The inverse of [`Self::hugging_face_config`]; defaults are those of `transformers`' `LlamaConfig`.
+    /// Dropout is not taken over: pretraining here has none.
+    pub(super) fn from_hugging_face(reader: &ConfigReader<'_>) -> Result<Self, ConfigError> {
+        reader.require("hidden_act", &["silu".into()])?;
+        reader.require("attention_bias", &[false.into()])?;
+        reader.require("mlp_bias", &[false.into()])?;
+        reader.require("partial_rotary_factor", &[1.into()])?;
+        let mut rope_theta = reader.number("rope_theta", 10_000.0)?;
+        for key in ["rope_parameters", "rope_scaling"] {
+            if let Some(rope) = reader.object(key)? {
+                rope.require("rope_type", &["default".into()]).map_err(|error| error.within(key))?;
+                rope.require("type", &["default".into()]).map_err(|error| error.within(key))?;
+                rope.require("partial_rotary_factor", &[1.into()]).map_err(|error| error.within(key))?;
+                rope_theta = rope.number("rope_theta", rope_theta).map_err(|error| error.within(key))?;
+            }
+        }
+        let num_attention_heads = reader.size("num_attention_heads", 32)?;
+        let config = Self {
+            vocab_size: reader.size("vocab_size", 32_000)?,
+            hidden_size: reader.size("hidden_size", 4096)?,
+            intermediate_size: reader.size("intermediate_size", 11_008)?,
+            num_hidden_layers: reader.size("num_hidden_layers", 32)?,
+            num_attention_heads,
+            num_key_value_heads: reader.size("num_key_value_heads", num_attention_heads)?,
+            max_position_embeddings: reader.size("max_position_embeddings", 2048)?,
+            rope_theta,
+            rms_norm_eps: reader.number("rms_norm_eps", 1e-6)?,
+            tie_word_embeddings: reader.flag("tie_word_embeddings", false)?,
+            initializer_range: reader.number("initializer_range", 0.02)?,
+        };
+        if let Some(head_dim) = config.hidden_size.checked_div(config.num_attention_heads) {
+            reader.require("head_dim", &[head_dim.into()])?;
+        }
+        Ok(config)
     }
 
     pub(super) fn problems(&self) -> Vec<(&'static str, String)> {

@@ -5,12 +5,13 @@
 //! that order, each row-major. Nothing outside this module and the trainer knows layer types.
 
 mod gpt2;
+mod hugging_face;
 mod init;
 mod llama;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::{gpt2::Gpt2Config, llama::LlamaConfig};
+pub use self::{gpt2::Gpt2Config, hugging_face::ConfigError, llama::LlamaConfig};
 use crate::ids::Digest;
 
 /// The model's architecture with its hyper-parameters; keys are those of the Hugging Face `config.json`.
