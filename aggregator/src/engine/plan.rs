@@ -1,0 +1,106 @@
+//! The numbers of a run that the engine decides by: read-only, derived from the run specification.
+
+use consort_common::spec::{RunSpec, Weighting};
+
+/// How long the sites have to report their held-out loss of the last version, in milliseconds.
+pub const EVALUATION_DEADLINE_MS: u64 = 10 * 60 * 1000;
+
+/// What the specification says about rounds. Total over all specifications, also those that validation
+/// refuses: numbers that contradict each other are read in the way that keeps the run safe.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    spec: RunSpec,
+}
+
+impl Plan {
+    /// The plan of a run.
+    pub fn new(spec: &RunSpec) -> Self {
+        Self { spec: spec.clone() }
+    }
+
+    /// Rounds to train.
+    pub fn rounds(&self) -> u32 {
+        self.spec.rounds
+    }
+
+    /// Seed of the selection of sites.
+    pub fn seed(&self) -> u64 {
+        self.spec.seed
+    }
+
+    /// Local steps of one assignment.
+    pub fn local_steps(&self) -> u32 {
+        self.spec.training.local_steps
+    }
+
+    /// Tokens that one assignment trains.
+    pub fn tokens_per_assignment(&self) -> u64 {
+        self.spec.tokens(self.spec.training.local_steps)
+    }
+
+    /// The cumulative step at which `round` (from 1) begins.
+    pub fn first_step(&self, round: u32) -> u64 {
+        u64::from(round.saturating_sub(1)) * u64::from(self.local_steps())
+    }
+
+    /// What a contribution counts.
+    pub fn weighting(&self) -> Weighting {
+        self.spec.outer.weighting
+    }
+
+    /// Milliseconds that an attempt at a round may last; none: as long as it takes.
+    pub fn deadline_ms(&self) -> Option<u64> {
+        match self.spec.participation.deadline_seconds {
+            0 => None,
+            seconds => Some(seconds.saturating_mul(1000)),
+        }
+    }
+
+    /// Milliseconds that the evaluation of the last version may last.
+    pub fn evaluation_deadline_ms(&self) -> u64 {
+        EVALUATION_DEADLINE_MS
+    }
+
+    /// Most held-out tokens that a site may report: sites measure whole batches.
+    pub fn evaluation_tokens_max(&self) -> u64 {
+        self.spec.evaluation.tokens_max.saturating_add(self.spec.tokens(1))
+    }
+
+    /// Whether version `version` is measured on held-out text.
+    pub fn evaluates(&self, version: u32) -> bool {
+        self.spec.evaluates(version)
+    }
+
+    /// Whether version `version` is published as a checkpoint.
+    pub fn publishes(&self, version: u32) -> bool {
+        self.spec.publishes(version)
+    }
+
+    /// Ready sites without which no round begins: the minimum, and at least the quorum.
+    pub fn sites_to_begin(&self) -> usize {
+        self.minimum_clients().max(self.spec.participation.quorum as usize)
+    }
+
+    /// Sites that a round selects out of `ready`: all, or so many per round (and at least the quorum).
+    pub fn sites_to_select(&self, ready: usize) -> usize {
+        let participation = &self.spec.participation;
+        match participation.clients_per_round {
+            0 => ready,
+            clients => ready.min(clients.max(participation.quorum) as usize),
+        }
+    }
+
+    /// Deltas without which a round is not committed. Where the specification leaves the quorum open, it
+    /// is all of the `selected` sites of the attempt. An attempt may select fewer than the `wanted` sites
+    /// of the first, because sites are gone, but the quorum stays at least the minimum of clients.
+    pub fn quorum(&self, selected: usize, wanted: usize) -> usize {
+        match self.spec.participation.quorum {
+            0 => selected.max(self.minimum_clients().min(wanted)),
+            quorum => quorum as usize,
+        }
+    }
+
+    fn minimum_clients(&self) -> usize {
+        self.spec.participation.minimum_clients.max(1) as usize
+    }
+}

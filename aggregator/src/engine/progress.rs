@@ -1,0 +1,187 @@
+//! What follows by itself: after an event the run moves on as far as it can, from phase to phase.
+
+use std::mem;
+
+use consort_common::ids::SiteName;
+
+use super::{
+    Contribution, Evaluating, Phase, Reducing, Run, RunStatus, Standing, Training,
+    participation::{Draw, select},
+    step::Turn,
+    words,
+};
+
+/// Most moves that one event can set off. The longest chain is two: a deadline replaces sites, after which
+/// the round may be complete. The bound holds where time itself ends (deadlines saturate).
+const MOVES_MAX: usize = 4;
+
+impl Turn<'_> {
+    /// Moves the run on as far as it can get by itself.
+    pub(super) fn move_on(&mut self) {
+        if self.now >= self.run.roster.patient_until_ms {
+            self.run.roster.patient_until_ms = 0;
+        }
+        for _ in 0..MOVES_MAX {
+            if self.run.state.status != RunStatus::Active || !self.try_move() {
+                return;
+            }
+        }
+    }
+
+    /// One move, if there is one to make.
+    fn try_move(&mut self) -> bool {
+        match &self.run.state.phase {
+            Phase::Waiting if self.run.state.version >= self.plan.rounds() => {
+                self.begin_evaluating(Vec::new());
+                true
+            }
+            Phase::Waiting => self.try_begin(),
+            Phase::Training(_) => self.try_end_training(),
+            Phase::Reducing(reducing) => {
+                if reducing.retry_at_ms.is_some_and(|retry_at_ms| retry_at_ms <= self.now) {
+                    self.retry_reduction();
+                }
+                false
+            }
+            Phase::Evaluating(_) => self.try_finish(),
+            Phase::Done => false,
+        }
+    }
+
+    fn try_begin(&mut self) -> bool {
+        let ready: Vec<SiteName> = self.run.roster.ready.iter().cloned().collect();
+        if ready.len() < self.plan.sites_to_begin() {
+            return false;
+        }
+        let round = self.run.state.version.saturating_add(1);
+        let draw = Draw { seed: self.plan.seed(), round, attempt: 1 };
+        let chosen = select(draw, &ready, self.plan.sites_to_select(ready.len()));
+        self.say(format!("round {round} began with {}", words::names(&chosen)));
+        self.run.state.phase = Phase::Training(Training {
+            round,
+            attempt: 1,
+            started_ms: self.now,
+            deadline_ms: self.plan.deadline_ms().map(|ms| self.now.saturating_add(ms)),
+            wanted: chosen.len(),
+            sites: chosen.into_iter().map(|site| (site, Standing::Working)).collect(),
+        });
+        true
+    }
+
+    fn try_end_training(&mut self) -> bool {
+        let overdue = self.run.deadline_ms().is_some_and(|deadline_ms| deadline_ms <= self.now);
+        let Phase::Training(training) = &mut self.run.state.phase else { return false };
+        let delivered = training.contributions().count();
+        let quorum = self.plan.quorum(training.selected(), training.wanted);
+        let all_in = training.working().next().is_none();
+        if delivered >= quorum && (all_in || overdue) {
+            self.end_training();
+            return true;
+        }
+        if overdue {
+            training.deadline_ms = self.plan.deadline_ms().map(|ms| self.now.saturating_add(ms));
+            self.changed = true;
+            self.replace(|_, _| true);
+            return true;
+        }
+        self.fill_places(false);
+        false
+    }
+
+    /// Takes their place from the sites at work of which `lost` holds, and gives it to others.
+    pub(super) fn replace(&mut self, lost: impl Fn(&SiteName, &Run) -> bool) {
+        let Phase::Training(training) = &self.run.state.phase else { return };
+        let lost: Vec<SiteName> = training.working().filter(|site| lost(site, self.run)).cloned().collect();
+        let Phase::Training(training) = &mut self.run.state.phase else { return };
+        for site in &lost {
+            training.sites.insert(site.clone(), Standing::Replaced);
+        }
+        if !lost.is_empty() {
+            let (round, attempt) = (training.round, training.attempt);
+            self.say(format!(
+                "round {round}, attempt {attempt}: no delta of {} in time",
+                words::names(&lost)
+            ));
+        }
+        self.fill_places(true);
+    }
+
+    /// Puts ready sites to work in the places that are free: those not tried in this round first.
+    fn fill_places(&mut self, is_new_attempt: bool) {
+        let Phase::Training(training) = &mut self.run.state.phase else { return };
+        let places = training.wanted.saturating_sub(training.selected());
+        if places == 0 {
+            return;
+        }
+        let ready = &self.run.roster.ready;
+        let fresh: Vec<SiteName> =
+            ready.iter().filter(|site| !training.sites.contains_key(*site)).cloned().collect();
+        let is_replaced = |site: &&SiteName| training.sites.get(*site) == Some(&Standing::Replaced);
+        let tried: Vec<SiteName> = ready.iter().filter(is_replaced).cloned().collect();
+        if fresh.is_empty() && tried.is_empty() {
+            return;
+        }
+        if is_new_attempt {
+            training.attempt = training.attempt.saturating_add(1);
+        }
+        let draw = Draw { seed: self.plan.seed(), round: training.round, attempt: training.attempt };
+        let mut chosen = select(draw, &fresh, places);
+        chosen.extend(select(draw, &tried, places - chosen.len()));
+        training.sites.extend(chosen.iter().map(|site| (site.clone(), Standing::Working)));
+        let (round, attempt) = (training.round, training.attempt);
+        self.say(format!("round {round}, attempt {attempt}: {} to train", words::names(&chosen)));
+    }
+
+    fn end_training(&mut self) {
+        let Phase::Training(training) = &mut self.run.state.phase else { return };
+        // A BTreeMap by site name: the canonical order.
+        let contributions: Vec<Contribution> = mem::take(&mut training.sites)
+            .into_values()
+            .filter_map(|standing| match standing {
+                Standing::Delivered(contribution) => Some(contribution),
+                Standing::Working | Standing::Replaced => None,
+            })
+            .collect();
+        let reducing = Reducing {
+            round: training.round,
+            attempts: training.attempt,
+            started_ms: training.started_ms,
+            contributions,
+            failures: 0,
+            retry_at_ms: None,
+        };
+        self.effects.push(reducing.effect(self.plan));
+        self.run.state.phase = Phase::Reducing(reducing);
+        self.changed = true;
+    }
+
+    fn retry_reduction(&mut self) {
+        if let Phase::Reducing(reducing) = &mut self.run.state.phase {
+            reducing.retry_at_ms = None;
+            self.effects.push(reducing.effect(self.plan));
+            self.changed = true;
+        }
+    }
+
+    pub(super) fn begin_evaluating(&mut self, contributions: Vec<Contribution>) {
+        let mut asked = self.run.roster.ready.clone();
+        asked.extend(contributions.into_iter().map(|one| one.site));
+        let deadline_ms = self.now.saturating_add(self.plan.evaluation_deadline_ms());
+        self.run.state.phase = Phase::Evaluating(Evaluating { asked, deadline_ms });
+        self.changed = true;
+    }
+
+    fn try_finish(&mut self) -> bool {
+        let overdue = self.run.deadline_ms().is_some_and(|deadline_ms| deadline_ms <= self.now);
+        if !overdue && self.plan.evaluates(self.run.state.version) && !self.run.unheard().is_empty() {
+            return false;
+        }
+        self.run.state.phase = Phase::Done;
+        self.run.state.status = RunStatus::Finished;
+        self.say(format!(
+            "the run is finished after {}",
+            words::count(self.run.state.version as usize, "round", "rounds")
+        ));
+        true
+    }
+}

@@ -1,0 +1,375 @@
+//! A run under a model of its driver: database, spool, effects in flight, crashes; and an oracle, which
+//! checks every step against what it has seen and not against the engine's own books.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use consort_common::{ids::SiteName, spec::Weighting};
+
+use super::super::{tests::reduced, *};
+
+/// How often things happened: a simulation that never gets anywhere proves nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Tally {
+    pub steps: u64,
+    pub commits: u64,
+    pub retried: u64,
+    pub duplicates: u64,
+    pub conflicts: u64,
+    pub late: u64,
+    pub rejections: u64,
+    pub crashes: u64,
+    pub failed_reductions: u64,
+    pub finished: u64,
+}
+
+impl Tally {
+    pub(super) fn add(self, other: Self) -> Self {
+        Self {
+            steps: self.steps + other.steps,
+            commits: self.commits + other.commits,
+            retried: self.retried + other.retried,
+            duplicates: self.duplicates + other.duplicates,
+            conflicts: self.conflicts + other.conflicts,
+            late: self.late + other.late,
+            rejections: self.rejections + other.rejections,
+            crashes: self.crashes + other.crashes,
+            failed_reductions: self.failed_reductions + other.failed_reductions,
+            finished: self.finished + other.finished,
+        }
+    }
+}
+
+/// What the specification says, as the oracle reads it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Terms {
+    pub rounds: u32,
+    pub minimum: usize,
+    pub quorum: usize,
+    pub has_deadline: bool,
+    pub weighting: Weighting,
+}
+
+pub(super) struct World {
+    pub plan: Plan,
+    pub terms: Terms,
+    pub run: Run,
+    pub now: UnixMs,
+    pub tally: Tally,
+    /// Effects that are stored nowhere and not yet performed.
+    pub pending: VecDeque<Effect>,
+    /// Reductions and publications under way; lost in a crash.
+    pub reductions: Vec<u32>,
+    pub publications: Vec<u32>,
+    /// The database: what the records say.
+    stored: State,
+    contributions: BTreeMap<(u32, SiteName), Contribution>,
+    commits: Vec<RoundRecord>,
+    evaluations: BTreeSet<(u32, SiteName)>,
+    /// Deltas on disk, by round and site.
+    spool: BTreeSet<(u32, SiteName)>,
+    /// Who was ever put to work, by round.
+    assigned: BTreeSet<(u32, SiteName)>,
+    /// A deadline passed in the round in progress, or the run was resumed.
+    was_disturbed: bool,
+    trace: bool,
+}
+
+impl World {
+    pub(super) fn new(plan: Plan, terms: Terms, trace: bool) -> Self {
+        Self {
+            plan,
+            terms,
+            run: Run::new(),
+            now: 1_700_000_000_000,
+            tally: Tally::default(),
+            pending: VecDeque::new(),
+            reductions: Vec::new(),
+            publications: Vec::new(),
+            stored: State::new(),
+            contributions: BTreeMap::new(),
+            commits: Vec::new(),
+            evaluations: BTreeSet::new(),
+            spool: BTreeSet::new(),
+            assigned: BTreeSet::new(),
+            was_disturbed: false,
+            trace,
+        }
+    }
+
+    pub(super) fn state(&self) -> &State {
+        self.run.state()
+    }
+
+    pub(super) fn note(&self, text: impl FnOnce() -> String) {
+        if self.trace {
+            println!("{:>9} {}", self.now - 1_699_999_000_000, text());
+        }
+    }
+
+    /// One event: step, check, and the transaction that stores its outcome. Whether it was accepted.
+    pub(super) fn take(&mut self, event: Event) -> bool {
+        let before = self.run.clone();
+        let outcome = self.run.step(&self.plan, event.clone(), self.now);
+        self.note(|| format!("{event:?}\n          -> {outcome:?}"));
+        self.tally.steps += 1;
+        if let Event::Delivered { site, round, facts } = &event {
+            self.check_delivery(before.state(), site, *round, facts, &outcome);
+        }
+        if let Event::Reduced { round, .. } | Event::ReduceFailed { round, .. } = event {
+            let is_reducing = matches!(&before.state().phase, Phase::Reducing(one) if one.round == round);
+            assert_eq!(outcome.is_ok(), is_reducing, "a reduction is taken where it is waited for");
+        }
+        match outcome {
+            Ok(effects) => {
+                self.check_transition(before.state(), &event);
+                if effects.is_empty() {
+                    assert_eq!(before.state(), self.state(), "no effect, no change");
+                    assert_eq!(before.ready(), self.run.ready(), "no effect, no change");
+                }
+                self.stored = self.state().clone();
+                for effect in effects {
+                    if effect.is_record() { self.record(effect) } else { self.pending.push_back(effect) }
+                }
+                self.check_next_timer();
+                true
+            }
+            Err(rejection) => {
+                assert_eq!(before, self.run, "a rejected event changes nothing");
+                assert!(!rejection.to_string().is_empty());
+                self.tally.rejections += 1;
+                false
+            }
+        }
+    }
+
+    /// The transaction's records. Here none of them may come twice.
+    fn record(&mut self, effect: Effect) {
+        match effect {
+            Effect::RecordContribution { round, contribution } => {
+                let key = (round, contribution.site.clone());
+                self.spool.insert(key.clone());
+                let before = self.contributions.insert(key, contribution);
+                assert_eq!(before, None, "a contribution is recorded once");
+            }
+            Effect::RecordEvaluation { site, evaluation } => {
+                let is_new = self.evaluations.insert((evaluation.version, site));
+                assert!(is_new, "an evaluation is recorded once");
+            }
+            Effect::Commit(record) => self.check_commit(record),
+            Effect::Event(text) => assert!(!text.is_empty()),
+            other => panic!("{other:?} is no record"),
+        }
+    }
+
+    /// What the driver does with an effect after the transaction.
+    pub(super) fn perform(&mut self, effect: Effect) {
+        self.note(|| format!("perform {effect:?}"));
+        match effect {
+            Effect::Reduce { round, contributions } => {
+                let is_current = matches!(&self.state().phase, Phase::Reducing(one) if one.round == round);
+                if is_current {
+                    let key = |one: &Weighted| (round, one.contribution.site.clone());
+                    let is_spooled = contributions.iter().all(|one| self.spool.contains(&key(one)));
+                    assert!(is_spooled, "the deltas of round {round} are on disk");
+                }
+                self.reductions.push(round);
+            }
+            Effect::Publish { version } => {
+                assert!(version <= self.state().version && self.plan.publishes(version));
+                self.publications.push(version);
+            }
+            Effect::DiscardSpool { round } => {
+                let is_aborted = matches!(self.state().status, RunStatus::Aborted { .. });
+                assert!(is_aborted || round <= self.state().version, "only spent deltas are deleted");
+                self.spool.retain(|(spooled, _)| *spooled > round);
+            }
+            Effect::InstructionsChanged | Effect::Duplicate { .. } => {}
+            record => panic!("{record:?} belongs into the transaction"),
+        }
+    }
+
+    /// Kills the process: what is stored remains, and nothing else.
+    pub(super) fn crash(&mut self) {
+        self.note(|| "crash".into());
+        self.tally.crashes += 1;
+        let text = serde_json::to_string(&self.stored).unwrap();
+        let state: State = serde_json::from_str(&text).unwrap();
+        assert_eq!(state, self.stored, "what is stored comes back as it was");
+        self.run = Run::restore(&self.plan, state, self.now);
+        self.reductions.clear();
+        self.publications.clear();
+        self.pending = self.run.resume_effects(&self.plan).into();
+        if let (Phase::Reducing(one), RunStatus::Active) = (&self.state().phase, &self.state().status) {
+            let is_resumed = self.pending.iter().any(|effect| matches!(effect, Effect::Reduce { .. }));
+            assert!(is_resumed || one.retry_at_ms.is_some(), "a lost reduction is performed again");
+        }
+    }
+
+    /// A crash between a step and its transaction: the event is lost with all that it did.
+    pub(super) fn crash_in_transaction(&mut self, event: Event) {
+        self.note(|| format!("{event:?}, lost in a crash"));
+        let _ = self.run.step(&self.plan, event, self.now);
+        self.crash();
+    }
+
+    pub(super) fn finish_reduction(&mut self, index: usize, succeeds: bool) {
+        let round = self.reductions.swap_remove(index);
+        if succeeds {
+            self.take(Event::Reduced { round, facts: reduced(round) });
+        } else if self.take(Event::ReduceFailed { round, reason: "no space left".into() }) {
+            self.tally.failed_reductions += 1;
+        }
+    }
+
+    /// The oracle's answer to a delivery, from its own books.
+    fn check_delivery(
+        &mut self,
+        before: &State,
+        site: &SiteName,
+        round: u32,
+        facts: &ContributionFacts,
+        outcome: &Result<Vec<Effect>, Rejection>,
+    ) {
+        let is_running = matches!(before.status, RunStatus::Active | RunStatus::Paused);
+        let open_round = match &before.phase {
+            Phase::Training(training) => Some(training.round),
+            _ => None,
+        };
+        let reduced_round = match &before.phase {
+            Phase::Reducing(reducing) => Some(reducing.round),
+            _ => None,
+        };
+        let first = self.contributions.get(&(round, site.clone()));
+        let is_assigned = self.assigned.contains(&(round, site.clone()));
+        let is_sane = facts.steps <= self.plan.local_steps()
+            && facts.tokens <= self.plan.tokens_per_assignment()
+            && facts.train_loss.is_finite();
+        let is_current = is_running && (open_round == Some(round) || reduced_round == Some(round));
+        match (first, outcome) {
+            (Some(first), Ok(effects)) => {
+                assert!(is_current && first.facts.delta_digest == facts.delta_digest);
+                assert_eq!(effects[0], Effect::Duplicate { site: site.clone(), round });
+                self.tally.duplicates += 1;
+            }
+            (Some(first), Err(Rejection::Conflict { .. })) => {
+                assert!(is_current && first.facts.delta_digest != facts.delta_digest);
+                self.tally.conflicts += 1;
+            }
+            (Some(_), Err(_)) => assert!(!is_current, "{outcome:?}"),
+            (None, Ok(effects)) => {
+                assert!(is_running && open_round == Some(round) && is_assigned && is_sane);
+                assert!(matches!(&effects[0], Effect::RecordContribution { .. }));
+            }
+            (None, Err(rejection)) => {
+                let is_welcome = is_running && open_round == Some(round) && is_assigned && is_sane;
+                assert!(
+                    !is_welcome,
+                    "an honest delivery of {site} for round {round} is refused: {rejection}"
+                );
+                self.tally.late += u64::from(matches!(rejection, Rejection::RoundOver { .. }));
+            }
+        }
+    }
+
+    /// What must hold between the states before and after an accepted event.
+    fn check_transition(&mut self, before: &State, event: &Event) {
+        let after = self.run.state();
+        assert!(after.version == before.version || after.version == before.version + 1);
+        assert_eq!(after.cumulative_step, u64::from(after.version) * u64::from(self.plan.local_steps()));
+        assert!(after.version <= self.terms.rounds);
+        if before.status.is_over() {
+            assert_eq!((before, before.phase == Phase::Done), (after, true), "what is over stays as it is");
+        }
+        if let Phase::Training(training) = &before.phase {
+            let is_overdue = training.deadline_ms.is_some_and(|deadline_ms| deadline_ms <= self.now);
+            self.was_disturbed |= is_overdue || *event == Event::Resume;
+        }
+        if let (Phase::Training(training), Phase::Reducing(reducing)) = (&before.phase, &after.phase) {
+            self.check_round_end(training, reducing);
+        }
+        if let Phase::Training(training) = &after.phase {
+            if !matches!(&before.phase, Phase::Training(_)) {
+                assert_eq!(training.round, before.version.max(after.version) + 1);
+                assert!(training.wanted >= self.terms.quorum.max(1));
+                self.was_disturbed = false;
+            }
+            let round = training.round;
+            self.assigned.extend(training.sites.keys().map(|site| (round, site.clone())));
+        }
+    }
+
+    /// A round ends with all that was accepted for it, never without its quorum, and where nothing went
+    /// wrong with all that were selected.
+    fn check_round_end(&self, training: &Training, reducing: &Reducing) {
+        let mut accepted: BTreeSet<&SiteName> =
+            self.contributions_of(training.round).map(|one| &one.site).collect();
+        // The event's own contribution is recorded right after this check.
+        accepted.extend(reducing.contributions.iter().map(|one| &one.site));
+        let reduced: Vec<&SiteName> = reducing.contributions.iter().map(|one| &one.site).collect();
+        assert_eq!(accepted.into_iter().collect::<Vec<_>>(), reduced, "all that was accepted is reduced");
+        let least = match self.terms.quorum {
+            0 => self.terms.minimum.min(training.wanted).max(1),
+            quorum => quorum,
+        };
+        assert!(reduced.len() >= least, "round {} ends with {} of {least}", training.round, reduced.len());
+        if !self.was_disturbed {
+            assert_eq!(reduced.len(), training.sites.len(), "no site is left out without cause");
+        }
+    }
+
+    fn contributions_of(&self, round: u32) -> impl Iterator<Item = &Contribution> {
+        self.contributions.iter().filter(move |((of, _), _)| *of == round).map(|(_, one)| one)
+    }
+
+    fn check_commit(&mut self, record: RoundRecord) {
+        assert_eq!(record.round as usize, self.commits.len() + 1, "rounds are committed once and in order");
+        assert_eq!(record.reduced, reduced(record.round));
+        let weights: Vec<f64> = record.contributions.iter().map(|one| one.weight).collect();
+        assert!((weights.iter().sum::<f64>() - 1.0).abs() <= 1e-12, "{weights:?}");
+        assert!(weights.iter().all(|weight| *weight > 0.0 && *weight <= 1.0));
+        if self.terms.weighting == Weighting::Uniform {
+            assert!(weights.windows(2).all(|pair| pair[0] == pair[1]));
+        }
+        let names: Vec<&SiteName> = record.contributions.iter().map(|one| &one.contribution.site).collect();
+        assert!(names.windows(2).all(|pair| pair[0] < pair[1]), "in canonical order, each once: {names:?}");
+        for one in &record.contributions {
+            let recorded = self.contributions.get(&(record.round, one.contribution.site.clone()));
+            assert_eq!(recorded, Some(&one.contribution), "what is counted was recorded");
+        }
+        assert_eq!(names.len(), self.contributions_of(record.round).count(), "what was recorded is counted");
+        assert!(names.len() >= self.terms.quorum.max(1), "no round without its quorum");
+        self.tally.commits += 1;
+        self.tally.retried += u64::from(record.attempts > 1);
+        self.commits.push(record);
+    }
+
+    fn check_next_timer(&self) {
+        if let Some(timer_ms) = self.run.next_timer() {
+            assert!(timer_ms > self.now, "a timer that is due at once would spin");
+        }
+    }
+
+    /// What is said to and about one site.
+    pub(super) fn check_words(&self, site: &SiteName) {
+        assert!(!self.run.waiting_for(&self.plan, self.now).is_empty());
+        let state = self.state();
+        let is_ready = self.run.ready().contains(site);
+        let instruction = self.run.instruction(&self.plan, site);
+        let shall_prepare = matches!(state.status, RunStatus::Active | RunStatus::Paused) && !is_ready;
+        assert_eq!(instruction == Instruction::Prepare, shall_prepare);
+        if let Instruction::Train { round, first_step, steps, tokens, evaluate_base, .. } = instruction {
+            assert!(self.assigned.contains(&(round, site.clone())), "only who was selected trains");
+            assert!(!self.contributions.contains_key(&(round, site.clone())), "who delivered is done");
+            assert_eq!(round, self.commits.len() as u32 + 1);
+            assert_eq!(first_step, state.cumulative_step);
+            assert_eq!((steps, tokens), (self.plan.local_steps(), self.plan.tokens_per_assignment()));
+            assert_eq!(evaluate_base, self.plan.evaluates(state.version));
+        }
+        if self.run.participation(site) == Participation::Working
+            && is_ready
+            && state.status == RunStatus::Active
+        {
+            assert!(matches!(self.run.instruction(&self.plan, site), Instruction::Train { .. }));
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! What is stored of a run: everything that must survive a restart, and nothing about connections.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
+
+use consort_common::{ids::SiteName, units::UnixMs};
+use serde::{Deserialize, Serialize};
+
+use super::{Effect, Plan, event::ContributionFacts, participation};
+
+/// Versions, newest first, whose evaluations are still taken. Sites measure a version while it is the
+/// newest, or at most a round later; remembering who reported each version ever would make the state grow.
+pub const EVALUATED_VERSIONS_MAX: usize = 4;
+
+/// Versions that may wait to be published at one time; older ones are given up.
+pub const UNPUBLISHED_VERSIONS_MAX: usize = 8;
+
+/// A run, as stored.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// Whether it is to make progress.
+    pub status: RunStatus,
+    /// The newest committed version: as many rounds are committed.
+    pub version: u32,
+    /// Local steps that each site has taken up to that version, had it been in every round.
+    pub cumulative_step: u64,
+    /// Where the round in progress is.
+    pub phase: Phase,
+    /// Who has reported the held-out loss of the newest [`EVALUATED_VERSIONS_MAX`] versions.
+    pub evaluated: BTreeMap<u32, BTreeSet<SiteName>>,
+    /// Committed versions to be published and not known to be; at most [`UNPUBLISHED_VERSIONS_MAX`].
+    pub unpublished: BTreeSet<u32>,
+}
+
+/// Whether a run is to make progress.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RunStatus {
+    /// Not started.
+    Created,
+    /// Making progress.
+    Active,
+    /// Set aside by an operator.
+    Paused,
+    /// All rounds are committed and evaluated.
+    Finished,
+    /// Ended by an operator.
+    Aborted {
+        /// Why, in words.
+        reason: String,
+    },
+}
+
+impl RunStatus {
+    /// Whether the run is over for good.
+    pub fn is_over(&self) -> bool {
+        matches!(self, Self::Finished | Self::Aborted { .. })
+    }
+}
+
+impl fmt::Display for RunStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Created => "created",
+            Self::Active => "active",
+            Self::Paused => "paused",
+            Self::Finished => "finished",
+            Self::Aborted { .. } => "aborted",
+        })
+    }
+}
+
+/// Where the round in progress is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Not enough sites are ready.
+    Waiting,
+    /// Sites train and deliver.
+    Training(Training),
+    /// The deltas are averaged into the next version.
+    Reducing(Reducing),
+    /// The last version is measured at the sites.
+    Evaluating(Evaluating),
+    /// Nothing is left to do.
+    Done,
+}
+
+/// A round whose sites are at work.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Training {
+    /// From 1.
+    pub round: u32,
+    /// Times that sites were put to work for this round because others had not delivered, from 1.
+    pub attempt: u32,
+    /// When the first attempt began.
+    pub started_ms: UnixMs,
+    /// When this attempt ends; none: when all at work have delivered.
+    pub deadline_ms: Option<UnixMs>,
+    /// Sites that the first attempt selected.
+    pub wanted: usize,
+    /// Every site that was selected in any attempt.
+    pub sites: BTreeMap<SiteName, Standing>,
+}
+
+impl Training {
+    /// The sites at work, by name.
+    pub fn working(&self) -> impl Iterator<Item = &SiteName> {
+        self.sites.iter().filter(|(_, standing)| **standing == Standing::Working).map(|(site, _)| site)
+    }
+
+    /// The contributions accepted so far, in the sites' order.
+    pub fn contributions(&self) -> impl Iterator<Item = &Contribution> {
+        self.sites.values().filter_map(|standing| match standing {
+            Standing::Delivered(contribution) => Some(contribution),
+            Standing::Working | Standing::Replaced => None,
+        })
+    }
+
+    /// Sites at work and deltas accepted: what the attempt has selected.
+    pub fn selected(&self) -> usize {
+        self.working().count() + self.contributions().count()
+    }
+}
+
+/// What became of a site that was selected.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Standing {
+    /// The round waits for its delta.
+    Working,
+    /// It missed a deadline, or was gone when the run went on; its delta is taken but not waited for.
+    Replaced,
+    /// Its delta is accepted.
+    Delivered(Contribution),
+}
+
+/// An accepted delta.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Contribution {
+    /// Whose.
+    pub site: SiteName,
+    /// Tokens of its assignment: what it is weighted by.
+    pub assigned_tokens: u64,
+    /// When it was accepted.
+    pub accepted_ms: UnixMs,
+    /// What the site and the upload said.
+    pub facts: ContributionFacts,
+}
+
+/// A round whose deltas are being averaged.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Reducing {
+    /// From 1.
+    pub round: u32,
+    /// Attempts that it took.
+    pub attempts: u32,
+    /// When the first attempt began.
+    pub started_ms: UnixMs,
+    /// What is averaged, in canonical order: by site name.
+    pub contributions: Vec<Contribution>,
+    /// Times that the reduction failed.
+    pub failures: u32,
+    /// When it is tried again; none: it is under way.
+    pub retry_at_ms: Option<UnixMs>,
+}
+
+impl Reducing {
+    /// The effect that performs the reduction.
+    pub(super) fn effect(&self, plan: &Plan) -> Effect {
+        let contributions = participation::weighted(&self.contributions, plan.weighting());
+        Effect::Reduce { round: self.round, contributions }
+    }
+}
+
+/// The last version, being measured.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Evaluating {
+    /// Sites to hear from, where they are connected: the last round's contributors, and all that were
+    /// ready since.
+    pub asked: BTreeSet<SiteName>,
+    /// When the run finishes without those that did not report.
+    pub deadline_ms: UnixMs,
+}
+
+impl State {
+    /// The state of a run that was created and not started.
+    pub fn new() -> Self {
+        Self {
+            status: RunStatus::Created,
+            version: 0,
+            cumulative_step: 0,
+            phase: Phase::Waiting,
+            evaluated: BTreeMap::new(),
+            unpublished: BTreeSet::new(),
+        }
+    }
+
+    /// The round in progress (while waiting, the one to come), or the last one.
+    pub fn round(&self) -> u32 {
+        match &self.phase {
+            Phase::Waiting => self.version.saturating_add(1),
+            Phase::Training(training) => training.round,
+            Phase::Reducing(reducing) => reducing.round,
+            Phase::Evaluating(_) | Phase::Done => self.version,
+        }
+    }
+
+    /// Whether `site` has reported its held-out loss of `version`.
+    pub fn has_evaluated(&self, site: &SiteName, version: u32) -> bool {
+        self.evaluated.get(&version).is_some_and(|sites| sites.contains(site))
+    }
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self::new()
+    }
+}
