@@ -1,0 +1,198 @@
+//! The aggregator's own configuration: one TOML file, then environment variables over it.
+//!
+//! `CONSORT_AGGREGATOR_LISTEN` overrides `listen`, `CONSORT_AGGREGATOR_LIMITS__UPLOADS_MAX` overrides
+//! `limits.uploads_max`: two underscores go one table down.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use consort_common::{telemetry::LogFormat, tls::CredentialFiles};
+use figment::{
+    Figment,
+    providers::{Env, Format, Serialized, Toml},
+};
+use serde::{Deserialize, Serialize};
+
+/// Prefix of the environment variables that override the file.
+pub const ENVIRONMENT_PREFIX: &str = "CONSORT_AGGREGATOR_";
+
+/// Every key, with its default, as `consort-aggregator reference` prints it.
+pub const REFERENCE: &str = include_str!("config.reference.toml");
+
+/// The aggregator's configuration.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Address and port to listen on; port 0 lets the system choose (see `<state_directory>/listening`).
+    pub listen: String,
+    /// Database, spool, models and checkpoints; relative to the file's folder.
+    pub state_directory: PathBuf,
+    /// This aggregator's certificate, its key, the federation's CA.
+    pub tls: CredentialFiles,
+    /// Bounds that protect the machine.
+    pub limits: Limits,
+    /// What is logged, to standard error.
+    pub log: Log,
+}
+
+/// Bounds that protect the machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Uploads are refused while the disk has less than this left, in bytes.
+    pub disk_reserve_bytes: u64,
+    /// Transfers that have not moved for this long are cut, in seconds. Slow ones live.
+    pub stall_seconds: u64,
+    /// Uploads at a time, over all sites.
+    pub uploads_max: usize,
+    /// Downloads at a time, over all sites.
+    pub downloads_max: usize,
+}
+
+impl Limits {
+    /// How long a transfer may stand still.
+    pub fn stall(&self) -> Duration {
+        Duration::from_secs(self.stall_seconds)
+    }
+}
+
+/// What is logged, to standard error.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    /// "human" or "json".
+    pub format: LogFormat,
+    /// A `tracing` filter: "info", "consort_aggregator=debug,warn".
+    pub filter: String,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            listen: "0.0.0.0:7443".to_owned(),
+            state_directory: "state".into(),
+            tls: CredentialFiles {
+                certificate: "cert.pem".into(),
+                key: "key.pem".into(),
+                ca: "ca.pem".into(),
+            },
+            limits: Limits::default(),
+            log: Log::default(),
+        }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { disk_reserve_bytes: 512 << 20, stall_seconds: 120, uploads_max: 64, downloads_max: 64 }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { format: LogFormat::Human, filter: "info".to_owned() }
+    }
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// There is no such file.
+    #[error("there is no configuration at {path}; `consort pki issue aggregator NAME` writes one, or name yours with --config", path = .0.display())]
+    Missing(PathBuf),
+    /// Something in it, or in the environment, is wrong.
+    #[error("the configuration {path} cannot be used:{problems}", path = path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// One line each.
+        problems: String,
+    },
+}
+
+impl Config {
+    /// Reads the file and the environment; paths become relative to the file's folder.
+    ///
+    /// # Errors
+    /// If the file is missing, or any key or value is not allowed: all of them.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        if !path.is_file() {
+            return Err(ConfigError::Missing(path.to_owned()));
+        }
+        let mut config: Self = Figment::from(Serialized::defaults(Self::default()))
+            .merge(Toml::file_exact(path))
+            .merge(Env::prefixed(ENVIRONMENT_PREFIX).split("__"))
+            .extract()
+            .map_err(|errors| ConfigError::Invalid {
+                path: path.to_owned(),
+                problems: errors.into_iter().map(|error| format!("\n  {error}")).collect(),
+            })?;
+        config.check().map_err(|problems| ConfigError::Invalid { path: path.to_owned(), problems })?;
+        let folder = path.parent().unwrap_or(Path::new("."));
+        config.state_directory = folder.join(&config.state_directory);
+        config.tls = config.tls.relative_to(folder);
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let mut problems = String::new();
+        for (key, value) in [
+            ("limits.stall_seconds", self.limits.stall_seconds),
+            ("limits.uploads_max", self.limits.uploads_max as u64),
+            ("limits.downloads_max", self.limits.downloads_max as u64),
+        ] {
+            if value == 0 {
+                problems += &format!("\n  {key}: is 0; must be at least 1");
+            }
+        }
+        if problems.is_empty() { Ok(()) } else { Err(problems) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn load(toml: &str) -> Result<Config, ConfigError> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("aggregator.toml");
+        fs::write(&path, toml).unwrap();
+        Config::load(&path).map(|mut config| {
+            config.state_directory = config.state_directory.strip_prefix(folder.path()).unwrap().to_owned();
+            config
+        })
+    }
+
+    #[test]
+    fn the_reference_names_every_key_with_its_default() {
+        let reference: toml::Table = toml::from_str(REFERENCE).unwrap();
+        assert_eq!(reference, toml::Table::try_from(Config::default()).unwrap());
+    }
+
+    #[test]
+    fn an_empty_file_is_the_defaults() {
+        assert_eq!(load("").unwrap().limits, Limits::default());
+    }
+
+    #[test]
+    fn unknown_keys_and_wrong_types_are_named() {
+        for (toml, word) in [
+            ("lisen = '0.0.0.0:1'", "lisen"),
+            ("[limits]\nuploads_max = 'many'", "uploads_max"),
+            ("[limits]\nstall_seconds = 0", "limits.stall_seconds"),
+        ] {
+            let message = load(toml).unwrap_err().to_string();
+            assert!(message.contains(word), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_missing_file_is_said_to_be_missing() {
+        let error = Config::load(Path::new("/nonexistent/aggregator.toml")).unwrap_err();
+        assert!(matches!(error, ConfigError::Missing(_)));
+    }
+}

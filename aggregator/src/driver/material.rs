@@ -1,0 +1,82 @@
+//! What does not change about a run once it is created.
+
+use std::sync::Arc;
+
+use consort_common::{
+    chunk::ChunkPlan,
+    ids::{Digest, RunName},
+    spec::{RunSpec, SpecError},
+};
+
+use crate::{
+    engine::Plan,
+    models::{ModelError, ModelVersion},
+};
+
+/// What does not change about a run once it is created.
+#[derive(Debug)]
+pub struct RunMaterial {
+    /// The run.
+    pub name: RunName,
+    /// Its specification as it was given.
+    pub spec_toml: String,
+    /// The same, read.
+    pub spec: RunSpec,
+    /// BLAKE3 of `spec_toml`.
+    pub spec_digest: Digest,
+    /// Digest of the model's tensor manifest.
+    pub manifest_digest: Digest,
+    /// BLAKE3 of the run's tokenizer.json.
+    pub tokenizer_digest: Digest,
+    /// How the model is cut.
+    pub plan: ChunkPlan,
+    /// Most bytes that an encoded delta takes.
+    pub delta_bytes_max: u64,
+    /// What the round engine needs of the specification.
+    pub rounds: Plan,
+}
+
+impl RunMaterial {
+    /// Derives everything from the specification's text.
+    ///
+    /// # Errors
+    /// If the specification cannot be used.
+    pub fn new(spec_toml: String, tokenizer_digest: Digest) -> Result<Self, SpecError> {
+        let spec = RunSpec::parse(&spec_toml)?;
+        let plan = spec.chunk_plan();
+        let codec = spec.wire.delta_encoding.codec();
+        let delta_bytes_max = (0..plan.chunks())
+            .map(|index| plan.length(index).map_or(0, |length| codec.encoded_bytes_max(length) as u64))
+            .sum();
+        Ok(Self {
+            name: spec.name.clone(),
+            spec_digest: RunSpec::digest(&spec_toml),
+            manifest_digest: spec.model.manifest().digest(),
+            tokenizer_digest,
+            plan,
+            delta_bytes_max,
+            rounds: Plan::new(&spec),
+            spec,
+            spec_toml,
+        })
+    }
+}
+
+/// A model version that is being sent.
+pub struct ModelReader {
+    /// Its run.
+    pub material: Arc<RunMaterial>,
+    /// BLAKE3 over its flat vector.
+    pub digest: Digest,
+    pub(super) files: ModelVersion,
+}
+
+impl ModelReader {
+    /// The parameters of chunk `index` (fp32 little-endian) and their digest, verified after reading.
+    ///
+    /// # Errors
+    /// If the disk cannot be read or returned something else than was written.
+    pub fn chunk(&self, index: u32) -> Result<(Vec<u8>, Digest), ModelError> {
+        self.files.chunk(index)
+    }
+}

@@ -1,0 +1,253 @@
+//! The effects that take time: reducing a round, publishing a checkpoint, discarding what is spent. Each
+//! runs beside the calls and comes back with an event.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use consort_common::{
+    checkpoint,
+    ids::RunName,
+    spec::TokenizerSpec,
+    tokenizer::{BYTE_END_OF_TEXT, token_id},
+    units::{self, unix_ms_now},
+};
+use memmap2::Mmap;
+use tokio::task::spawn_blocking;
+
+use super::{Driver, DriverError, RunMaterial, write_error};
+use crate::{
+    engine::{Event, ReducedFacts, Weighted},
+    reduce::{self, ReduceInputs, WeightedContribution},
+    spool::ContributionKey,
+    store::{CheckpointRow, Record},
+};
+
+/// Pause before a checkpoint that could not be written is tried again.
+const PUBLISH_RETRY: Duration = Duration::from_secs(30);
+
+impl Driver {
+    pub(super) fn begin_reduce(
+        self: &Arc<Self>,
+        material: &Arc<RunMaterial>,
+        round: u32,
+        contributions: Vec<Weighted>,
+    ) {
+        if !self.claim(Work::Reduce(material.name.clone(), round)) {
+            return;
+        }
+        let (driver, material) = (self.clone(), material.clone());
+        self.tasks.spawn(async move {
+            let event = match driver.reduce(&material, round, contributions).await {
+                Ok(facts) => Event::Reduced { round, facts },
+                Err(error) => {
+                    tracing::error!(run = %material.name, round, %error, "the reduction failed");
+                    Event::ReduceFailed { round, reason: error.to_string() }
+                }
+            };
+            driver.release(&Work::Reduce(material.name.clone(), round));
+            // A run that was aborted meanwhile refuses the event; there is nothing left to do then. When
+            // the database fails, the reduction is repeated after the next start.
+            if let Err(error) = driver.event(&material.name, event).await {
+                tracing::error!(run = %material.name, round, %error, "the reduction could not be recorded");
+            }
+        });
+    }
+
+    async fn reduce(
+        self: &Arc<Self>,
+        material: &Arc<RunMaterial>,
+        round: u32,
+        contributions: Vec<Weighted>,
+    ) -> Result<ReducedFacts, DriverError> {
+        let (driver, material) = (self.clone(), material.clone());
+        let begun = unix_ms_now();
+        let contributors = contributions.len();
+        let outcome = spawn_blocking(move || -> Result<_, DriverError> {
+            let base = driver.models.open(&material.name, round - 1, material.plan)?;
+            let contributions = contributions.into_iter().map(|weighted| {
+                let contribution = weighted.contribution;
+                let key = ContributionKey {
+                    run: material.name.clone(),
+                    round,
+                    site: contribution.site,
+                    delta: contribution.facts.delta,
+                };
+                WeightedContribution {
+                    key,
+                    weight: weighted.weight,
+                    delta_digest: contribution.facts.delta_digest,
+                }
+            });
+            let optimizer = &material.spec.outer.optimizer;
+            Ok(reduce::reduce(ReduceInputs {
+                encoding: material.spec.wire.delta_encoding,
+                contributions: contributions.collect(),
+                base: &base,
+                optimizer,
+                spool: &driver.spool,
+                models: &driver.models,
+            })?)
+        })
+        .await
+        .map_err(|_| DriverError::TaskFailed("the reduction"))??;
+        let took = units::duration_ms(unix_ms_now().saturating_sub(begun));
+        let digest = outcome.version.digest();
+        tracing::info!(round, contributors, took, digest = %digest.short(), "reduced");
+        Ok(ReducedFacts { digest, delta_norm: outcome.delta_norm, update_norm: outcome.update_norm })
+    }
+
+    pub(super) fn begin_publish(self: &Arc<Self>, material: &Arc<RunMaterial>, version: u32) {
+        if !self.claim(Work::Publish(material.name.clone(), version)) {
+            return;
+        }
+        let (driver, material) = (self.clone(), material.clone());
+        self.tasks.spawn(async move {
+            while let Err(error) = driver.publish(&material, version).await {
+                tracing::error!(run = %material.name, version, %error, "the checkpoint could not be published; trying again in {} s", PUBLISH_RETRY.as_secs());
+                tokio::select! {
+                    () = tokio::time::sleep(PUBLISH_RETRY) => (),
+                    () = driver.stopping.cancelled() => return,
+                }
+            }
+            driver.release(&Work::Publish(material.name.clone(), version));
+        });
+    }
+
+    async fn publish(self: &Arc<Self>, material: &Arc<RunMaterial>, version: u32) -> Result<(), DriverError> {
+        let directory = self.checkpoint_directory(&material.name, version);
+        let (driver, description, target) = (self.clone(), material.clone(), directory.clone());
+        let (digest, bytes) = spawn_blocking(move || driver.write_checkpoint(&description, version, &target))
+            .await
+            .map_err(|_| DriverError::TaskFailed("the checkpoint"))??;
+        let run = &material.name;
+        tracing::info!(%run, version, path = %directory.display(), "checkpoint published");
+        let row = CheckpointRow { version, path: directory, bytes, created_ms: unix_ms_now(), digest };
+        let retired = self.retired_checkpoints(material, version).await?;
+        let mut records = vec![Record::Checkpoint(row)];
+        records.extend(retired.iter().map(|checkpoint| Record::CheckpointRetired(checkpoint.version)));
+        {
+            let mut core = self.core.lock().await;
+            self.apply_with(&mut core, run, Event::Published { version }, records).await?;
+        }
+        // The rows went first: a row never names a directory that is gone.
+        for checkpoint in retired {
+            let removed = tokio::fs::remove_dir_all(&checkpoint.path).await;
+            removed.map_err(|source| write_error(&checkpoint.path, source))?;
+        }
+        Ok(())
+    }
+
+    /// The checkpoints that the specification does not keep beside `version`.
+    async fn retired_checkpoints(
+        &self,
+        material: &RunMaterial,
+        version: u32,
+    ) -> Result<Vec<CheckpointRow>, DriverError> {
+        let keep = material.spec.checkpoints.keep as usize;
+        let mut others = self.store.checkpoints(&material.name).await?;
+        others.retain(|checkpoint| checkpoint.version != version);
+        let kept = if keep == 0 { others.len() } else { keep - 1 };
+        others.truncate(others.len().saturating_sub(kept));
+        Ok(others)
+    }
+
+    fn write_checkpoint(
+        &self,
+        material: &RunMaterial,
+        version: u32,
+        directory: &std::path::Path,
+    ) -> Result<(consort_common::ids::Digest, u64), DriverError> {
+        let model = self.models.open(&material.name, version, material.plan)?;
+        let path = model.parameters_path();
+        let file = std::fs::File::open(&path)
+            .map_err(|source| DriverError::Read { what: path.display().to_string(), source })?;
+        // SAFETY: the file of a committed version is never written again, only unlinked, and an unlinked
+        // file keeps its contents while it is mapped.
+        let map = unsafe { Mmap::map(&file) }
+            .map_err(|source| DriverError::Read { what: path.display().to_string(), source })?;
+        let found = consort_common::ids::Digest::of_parallel(&map);
+        if found != model.digest() {
+            let run = material.name.clone();
+            return Err(DriverError::OtherModel { run, version, found, committed: model.digest() });
+        }
+        let tokenizer_path = self.tokenizer_path(&material.name);
+        let tokenizer = std::fs::read_to_string(&tokenizer_path)
+            .map_err(|source| DriverError::Read { what: tokenizer_path.display().to_string(), source })?;
+        let (end_of_text, end_of_text_id) = end_of_text(&material.spec.tokenizer, &tokenizer)?;
+        if let Some(parent) = directory.parent() {
+            std::fs::create_dir_all(parent).map_err(|source| write_error(parent, source))?;
+        }
+        let metadata = [
+            ("consort_run", material.name.to_string()),
+            ("consort_version", version.to_string()),
+            ("consort_model_blake3", found.to_string()),
+            ("consort_spec_blake3", material.spec_digest.to_string()),
+        ];
+        let metadata = metadata.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+        let summary = checkpoint::write(
+            directory,
+            &material.spec.model,
+            bytemuck::cast_slice(&map),
+            &tokenizer,
+            &end_of_text,
+            end_of_text_id,
+            &metadata,
+        )?;
+        Ok((found, summary.bytes))
+    }
+
+    fn checkpoint_directory(&self, run: &RunName, version: u32) -> PathBuf {
+        let checkpoints = self.state_directory.join("checkpoints");
+        checkpoints.join(run.as_str()).join(format!("version-{version:06}"))
+    }
+
+    /// Deletes spooled chunks of rounds up to `round`, and model versions that nobody needs any more: the
+    /// newest is the base of the round in progress, the one before may still be on its way to a site.
+    pub(super) fn begin_discard(self: &Arc<Self>, material: &Arc<RunMaterial>, round: u32) {
+        let (driver, material) = (self.clone(), material.clone());
+        self.tasks.spawn(async move {
+            let (run, unpublished) = {
+                let core = driver.core.lock().await;
+                let Ok(live) = core.run(&material.name) else { return };
+                (live.run.state().version, live.run.state().unpublished.clone())
+            };
+            let keep: Vec<u32> = unpublished.into_iter().chain([run, run.saturating_sub(1)]).collect();
+            let name = material.name.clone();
+            let discarded = spawn_blocking(move || -> Result<(), DriverError> {
+                driver.spool.discard_rounds_through(&material.name, round)?;
+                Ok(driver.models.retain(&material.name, &keep)?)
+            });
+            match discarded.await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(run = %name, %error, "spent files were not deleted; the next round tries again"),
+                Err(error) => tracing::warn!(run = %name, %error, "spent files were not deleted; the next round tries again"),
+            }
+        });
+    }
+
+    /// Marks work as under way; false if it is already.
+    fn claim(&self, work: Work) -> bool {
+        self.under_way.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(work)
+    }
+
+    fn release(&self, work: &Work) {
+        self.under_way.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(work);
+    }
+}
+
+/// Work that must not be under way twice.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Work {
+    Reduce(RunName, u32),
+    Publish(RunName, u32),
+}
+
+fn end_of_text(spec: &TokenizerSpec, tokenizer_json: &str) -> Result<(String, u32), DriverError> {
+    let text = match spec {
+        TokenizerSpec::Byte {} => BYTE_END_OF_TEXT,
+        TokenizerSpec::File { end_of_text, .. } => end_of_text,
+    };
+    let json =
+        serde_json::from_str(tokenizer_json).map_err(|error| DriverError::Tokenizer(error.to_string()))?;
+    let id = token_id(&json, text).ok_or_else(|| DriverError::Tokenizer(format!("has no token {text:?}")))?;
+    Ok((text.to_owned(), id))
+}

@@ -1,0 +1,128 @@
+//! Sending a model version or a file: one chunk is read, verified and queued at a time, at the receiver's
+//! pace; a receiver that takes nothing for the stall time is cut.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use consort_proto::v1::{
+    DownloadModelResponse, FilePart, ModelChunk, ModelHeader, download_model_response as response,
+};
+use tokio::{fs::File, io::AsyncReadExt, sync::mpsc, task::spawn_blocking, time::timeout};
+use tonic::Status;
+
+use crate::driver::{Driver, DriverError, ModelReader};
+
+/// Messages that wait for the transport, per download.
+const QUEUE_MAX: usize = 2;
+/// Bytes of a file in one message.
+const FILE_PART_BYTES: usize = 1 << 20;
+
+/// Messages of one outbound stream.
+pub(super) type Outbound<T> = mpsc::Receiver<Result<T, Status>>;
+
+struct Sender<T> {
+    queue: mpsc::Sender<Result<T, Status>>,
+    stall: Duration,
+}
+
+impl<T> Sender<T> {
+    async fn send(&self, message: T) -> Result<(), Status> {
+        match timeout(self.stall, self.queue.send(Ok(message))).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(Status::cancelled("the receiver went away")),
+            Err(_) => Err(Status::cancelled(format!(
+                "the receiver took nothing for {} s; reconnect and resume",
+                self.stall.as_secs()
+            ))),
+        }
+    }
+}
+
+/// Streams the chunks of a model from `first_chunk` on.
+pub(super) fn model(
+    driver: &Arc<Driver>,
+    reader: ModelReader,
+    first_chunk: u32,
+) -> Outbound<DownloadModelResponse> {
+    let (queue, outbound) = mpsc::channel(QUEUE_MAX);
+    let driver = driver.clone();
+    driver.clone().spawn_task("download", async move {
+        let sender = Sender { queue: queue.clone(), stall: driver.limits().stall() };
+        let run = reader.material.name.clone();
+        let mut sent = 0;
+        let result = send_model(&sender, Arc::new(reader), first_chunk, &mut sent).await;
+        driver.count_traffic(&run, sent, 0);
+        if let Err(status) = result {
+            // The receiver is told if it still listens; a full queue is one that it does not read.
+            let _ = queue.try_send(Err(status));
+        }
+    });
+    outbound
+}
+
+async fn send_model(
+    sender: &Sender<DownloadModelResponse>,
+    reader: Arc<ModelReader>,
+    first_chunk: u32,
+    sent: &mut u64,
+) -> Result<(), Status> {
+    let plan = reader.material.plan;
+    let part = |part| DownloadModelResponse { part: Some(part) };
+    let header = ModelHeader {
+        parameters: plan.parameters(),
+        chunk_parameters: plan.chunk_parameters(),
+        chunks: plan.chunks(),
+        digest: reader.digest.to_vec(),
+    };
+    sender.send(part(response::Part::Header(header))).await?;
+    for index in first_chunk..plan.chunks() {
+        let chunk_reader = reader.clone();
+        let chunk = spawn_blocking(move || chunk_reader.chunk(index)).await;
+        let chunk = chunk
+            .map_err(|_| Status::internal("the aggregator failed while it read the model; see its log"))?;
+        let (payload, digest) = chunk.map_err(DriverError::from)?;
+        let bytes = payload.len() as u64;
+        let chunk = ModelChunk { index, payload: Bytes::from(payload), digest: digest.to_vec() };
+        sender.send(part(response::Part::Chunk(chunk))).await?;
+        *sent += bytes;
+    }
+    Ok(())
+}
+
+/// Streams files, one after the other, under the given names.
+pub(super) fn files(driver: &Arc<Driver>, files: Vec<(String, PathBuf)>) -> Outbound<FilePart> {
+    let (queue, outbound) = mpsc::channel(QUEUE_MAX);
+    let sender = Sender { queue: queue.clone(), stall: driver.limits().stall() };
+    driver.clone().spawn_task("file download", async move {
+        for (name, path) in files {
+            if let Err(status) = send_file(&sender, name, &path).await {
+                let _ = queue.try_send(Err(status));
+                return;
+            }
+        }
+    });
+    outbound
+}
+
+async fn send_file(sender: &Sender<FilePart>, name: String, path: &std::path::Path) -> Result<(), Status> {
+    let unreadable = |error: std::io::Error| {
+        tracing::error!(path = %path.display(), %error, "cannot read a file that was asked for");
+        Status::internal(format!("the aggregator cannot read {name}; see its log"))
+    };
+    let mut file = File::open(path).await.map_err(unreadable)?;
+    let file_bytes = file.metadata().await.map_err(unreadable)?.len();
+    let mut offset = 0;
+    loop {
+        let mut data = Vec::with_capacity(FILE_PART_BYTES);
+        (&mut file).take(FILE_PART_BYTES as u64).read_to_end(&mut data).await.map_err(unreadable)?;
+        let bytes = data.len() as u64;
+        if bytes == 0 && offset > 0 {
+            return Ok(());
+        }
+        sender.send(FilePart { name: name.clone(), file_bytes, offset, data: data.into() }).await?;
+        offset += bytes;
+        if offset >= file_bytes {
+            return Ok(());
+        }
+    }
+}

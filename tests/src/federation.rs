@@ -1,0 +1,225 @@
+//! A federation under test: its PKI, one aggregator, its sites, an operator.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::{Process, binaries, process::wait_for, texts};
+
+/// The name of every federation under test.
+pub const FEDERATION: &str = "test";
+
+/// A federation under test. Everything lies in one temporary directory; all processes die with it.
+pub struct TestFederation {
+    aggregator: Option<Process>,
+    clients: BTreeMap<String, Process>,
+    endpoint: Option<String>,
+    aggregator_environment: Vec<(String, String)>,
+    directory: TempDir,
+}
+
+impl TestFederation {
+    /// Makes the PKI: an aggregator, an operator and the `sites`, each with a corpus of its own.
+    pub fn new(sites: &[&str]) -> Self {
+        let federation = Self {
+            aggregator: None,
+            clients: BTreeMap::new(),
+            endpoint: None,
+            aggregator_environment: Vec::new(),
+            directory: tempfile::tempdir().expect("a temporary directory can be made"),
+        };
+        federation.pki(&["init", "--federation", FEDERATION]);
+        federation.pki(&["issue", "aggregator", "main", "--host", "localhost", "--host", "127.0.0.1"]);
+        federation.pki(&["issue", "operator", "alice", "--endpoint", "localhost:1"]);
+        for (seed, site) in sites.iter().enumerate() {
+            federation.pki(&["issue", "site", site, "--endpoint", "localhost:1"]);
+            texts::write(&federation.kit(&format!("site-{site}")).join("data"), seed as u64, 200);
+        }
+        federation
+    }
+
+    /// The directory that everything lies in.
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// A kit: `site-bank`, `operator-alice`, `aggregator-main`.
+    pub fn kit(&self, name: &str) -> PathBuf {
+        self.path().join("pki/kits").join(name)
+    }
+
+    /// The aggregator's state directory.
+    pub fn aggregator_state(&self) -> PathBuf {
+        self.kit("aggregator-main").join("state")
+    }
+
+    /// A site's state directory.
+    pub fn site_state(&self, site: &str) -> PathBuf {
+        self.kit(&format!("site-{site}")).join("state")
+    }
+
+    /// Runs `consort pki ...`.
+    pub fn pki(&self, arguments: &[&str]) {
+        let directory = self.path().join("pki");
+        let output = Command::new(binaries::consort())
+            .arg("pki")
+            .args(arguments)
+            .arg("--directory")
+            .arg(directory)
+            .output()
+            .expect("consort can be run");
+        assert!(
+            output.status.success(),
+            "consort pki {arguments:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+
+    /// Sets an environment variable of the aggregator from its next start on.
+    pub fn set_aggregator_environment(&mut self, name: &str, value: &str) {
+        self.aggregator_environment.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// Starts the aggregator and waits until it listens. After the first start it keeps its port.
+    pub fn start_aggregator(&mut self) {
+        assert!(self.aggregator.is_none(), "the aggregator runs already");
+        let announcement = self.aggregator_state().join("listening");
+        let _ = fs::remove_file(&announcement);
+        let port = self.endpoint.as_ref().map_or("0", |endpoint| endpoint.rsplit(':').next().unwrap_or("0"));
+        let mut process = Process::start(
+            Command::new(binaries::aggregator())
+                .arg("--config")
+                .arg(self.kit("aggregator-main").join("aggregator.toml"))
+                .env("CONSORT_AGGREGATOR_LISTEN", format!("127.0.0.1:{port}"))
+                .env("CONSORT_AGGREGATOR_LIMITS__DISK_RESERVE_BYTES", "1000000")
+                .envs(self.aggregator_environment.iter().cloned()),
+            &self.path().join("aggregator.log"),
+        );
+        let address = wait_for("the aggregator to listen", || {
+            assert!(process.is_running(), "the aggregator ended:\n{}", process.output());
+            fs::read_to_string(&announcement).ok().filter(|address| !address.is_empty())
+        });
+        let port = address.rsplit(':').next().expect("an address has a port").to_owned();
+        self.endpoint = Some(format!("localhost:{port}"));
+        self.aggregator = Some(process);
+    }
+
+    /// SIGKILL to the aggregator.
+    pub fn kill_aggregator(&mut self) {
+        self.aggregator.take().expect("the aggregator runs").kill();
+    }
+
+    /// The aggregator's process.
+    pub fn aggregator(&mut self) -> &mut Process {
+        self.aggregator.as_mut().expect("the aggregator runs")
+    }
+
+    /// `localhost:PORT`.
+    pub fn endpoint(&self) -> &str {
+        self.endpoint.as_deref().expect("the aggregator was started")
+    }
+
+    /// Starts a site's daemon on one CPU thread.
+    pub fn start_client(&mut self, site: &str) {
+        let kit = self.kit(&format!("site-{site}"));
+        let process = Process::start(
+            Command::new(binaries::client())
+                .arg("run")
+                .arg("--config")
+                .arg(kit.join("client.toml"))
+                .env("CONSORT_ENDPOINT", self.endpoint())
+                .env("CONSORT_DEVICE__KIND", std::env::var("CONSORT_TEST_DEVICE").unwrap_or("cpu".to_owned()))
+                .env("CONSORT_DEVICE__THREADS", "1")
+                .env("CONSORT_TRAINING__CHECKPOINT_SECONDS", "1"),
+            &self.path().join(format!("{site}.log")),
+        );
+        self.clients.insert(site.to_owned(), process);
+    }
+
+    /// SIGKILL to a site's daemon.
+    pub fn kill_client(&mut self, site: &str) {
+        self.clients.remove(site).expect("the client runs").kill();
+    }
+
+    /// A site's daemon.
+    pub fn client(&mut self, site: &str) -> &mut Process {
+        self.clients.get_mut(site).expect("the client runs")
+    }
+
+    /// Runs the CLI as the operator.
+    pub fn consort(&self, arguments: &[&str]) -> Output {
+        Command::new(binaries::consort())
+            .arg("--config")
+            .arg(self.kit("operator-alice").join("operator.toml"))
+            .args(arguments)
+            .env("CONSORT_ENDPOINT", self.endpoint())
+            .output()
+            .expect("consort can be run")
+    }
+
+    /// Runs the CLI with `--json`; it must succeed.
+    pub fn json(&self, arguments: &[&str]) -> Value {
+        let output = self.consort(&[arguments, &["--json"]].concat());
+        assert!(
+            output.status.success(),
+            "consort {arguments:?}: {}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+        serde_json::from_slice(&output.stdout).expect("--json prints JSON")
+    }
+
+    /// Creates and starts a run.
+    pub fn start_run(&self, spec: &str) {
+        let path = self.path().join("spec.toml");
+        fs::write(&path, spec).expect("the specification can be written");
+        self.json(&["runs", "create", path.to_str().expect("a path is text"), "--start"]);
+    }
+
+    /// Waits until `ready` finds what it looks for in `consort runs show RUN --json`.
+    pub fn wait_for_run<T>(&self, run: &str, what: &str, mut ready: impl FnMut(&Value) -> Option<T>) -> T {
+        wait_for(what, || ready(&self.json(&["runs", "show", run])))
+    }
+}
+
+/// A tiny run that trains in seconds.
+pub fn tiny_spec(name: &str, rounds: u32, clients: u32) -> String {
+    format!(
+        r#"
+name = "{name}"
+seed = 7
+rounds = {rounds}
+
+[model]
+architecture = "llama"
+vocab_size = 257
+hidden_size = 32
+intermediate_size = 64
+num_hidden_layers = 2
+num_attention_heads = 4
+num_key_value_heads = 2
+max_position_embeddings = 64
+
+[training]
+local_steps = 8
+batch_size = 4
+micro_batch_size = 2
+sequence_length = 32
+
+[participation]
+minimum_clients = {clients}
+
+[wire]
+chunk_parameters = 4096
+
+[evaluation]
+tokens_max = 2000
+"#
+    )
+}

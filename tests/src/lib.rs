@@ -1,0 +1,11 @@
+//! The harness of the whole-system tests: real binaries as real processes, a PKI made by `consort pki`,
+//! ports chosen by the system, everything under one temporary directory per test.
+//!
+//! Tests wait for what they are waiting for (a run's state, a log line, a process's end), never for time.
+
+pub mod binaries;
+pub mod federation;
+pub mod process;
+pub mod texts;
+
+pub use self::{federation::TestFederation, process::Process};

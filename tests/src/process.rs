@@ -1,0 +1,103 @@
+//! A child process whose output is kept and that dies with the test.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    time::{Duration, Instant},
+};
+
+/// Longest that a test waits for anything; far above what any wait should take, so that a hang fails.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Pause between two looks at a condition that nothing announces.
+const POLL: Duration = Duration::from_millis(20);
+
+/// A running child process. Dropping it kills it.
+pub struct Process {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Process {
+    /// Starts `command`; both outputs are appended to `log`.
+    pub fn start(command: &mut Command, log: &Path) -> Self {
+        let output = File::options().create(true).append(true).open(log).expect("the log can be written");
+        let errors = output.try_clone().expect("the log can be shared");
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(output)
+            .stderr(errors)
+            .spawn()
+            .unwrap_or_else(|error| panic!("{command:?} cannot be started: {error}"));
+        Self { child, log: log.to_owned() }
+    }
+
+    /// SIGKILL, and waits for the end.
+    pub fn kill(mut self) {
+        self.child.kill().expect("a child can be killed");
+        self.child.wait().expect("a child can be waited for");
+    }
+
+    /// SIGTERM, and waits for the end.
+    pub fn terminate(mut self) -> ExitStatus {
+        let id = i32::try_from(self.child.id()).expect("a process id fits");
+        // SAFETY: kill(2) takes no pointers; the child is ours and not yet waited for, so the id is its.
+        assert_eq!(unsafe { libc::kill(id, libc::SIGTERM) }, 0);
+        self.wait()
+    }
+
+    /// Waits for the process to end by itself.
+    pub fn wait(&mut self) -> ExitStatus {
+        wait_for("the process to end", || self.child.try_wait().expect("a child can be waited for"))
+    }
+
+    /// Whether it still runs.
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("a child can be waited for").is_none()
+    }
+
+    /// Process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Everything that it has printed.
+    pub fn output(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Waits until it has printed `text`.
+    pub fn wait_for_output(&mut self, text: &str) {
+        wait_for(&format!("{text:?} in {}", self.log.display()), || {
+            if self.output().contains(text) {
+                return Some(());
+            }
+            assert!(self.is_running(), "the process ended without printing {text:?}:\n{}", self.output());
+            None
+        });
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended, or been killed, already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("---- {}\n{}", self.log.display(), self.output());
+        }
+    }
+}
+
+/// Looks until `look` finds something.
+pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let begin = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(begin.elapsed() < PATIENCE, "waited {} s for {what}", PATIENCE.as_secs());
+        std::thread::sleep(POLL);
+    }
+}
