@@ -1,0 +1,307 @@
+use consort_common::{chunk::ChunkPlan, ids::RunName};
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+use super::*;
+
+const NESTEROV: OuterOptimizer = OuterOptimizer::Nesterov { learning_rate: 0.7, momentum: 0.9 };
+
+/// A run on disk, with version 0 and what sites deliver to it.
+struct Fixture {
+    folder: TempDir,
+    spool: Spool,
+    models: ModelFiles,
+    plan: ChunkPlan,
+    encoding: Encoding,
+    optimizer: OuterOptimizer,
+}
+
+fn run() -> RunName {
+    "pilot".parse().unwrap()
+}
+
+fn bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+impl Fixture {
+    fn new(initial: &[f32], chunk: u32, encoding: Encoding, optimizer: OuterOptimizer) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let spool = Spool::new(folder.path().join("spool"), 0);
+        let models = ModelFiles::new(folder.path().join("models"));
+        let plan = ChunkPlan::new(initial.len() as u64, chunk);
+        models.create_initial(&run(), plan, initial, has_momentum(&optimizer)).unwrap();
+        Self { folder, spool, models, plan, encoding, optimizer }
+    }
+
+    fn deliver(&self, round: u32, site: &str, weight: f64, delta: &[f32]) -> WeightedContribution {
+        let key = ContributionKey { run: run(), round, site: site.parse().unwrap(), delta: [1; 16].into() };
+        for index in 0..self.plan.chunks() {
+            let range = self.plan.range(index).unwrap();
+            let mut payload = Vec::new();
+            self.encoding.codec().encode(&delta[range.start as usize..range.end as usize], &mut payload);
+            self.spool.put(&key, index, &payload, Digest::of(&payload)).unwrap();
+        }
+        let delta_digest = self.spool.summary(&key, self.plan.chunks()).unwrap().digest;
+        WeightedContribution { key, weight, delta_digest }
+    }
+
+    fn reduce(&self, base: u32, contributions: &[WeightedContribution]) -> Result<Reduction, ReduceError> {
+        let base = self.models.open(&run(), base, self.plan).unwrap();
+        reduce(ReduceInputs {
+            contributions: contributions.to_vec(),
+            encoding: self.encoding,
+            base: &base,
+            optimizer: &self.optimizer,
+            spool: &self.spool,
+            models: &self.models,
+        })
+    }
+
+    fn parameters(&self, version: u32) -> Vec<f32> {
+        let version = self.models.open(&run(), version, self.plan).unwrap();
+        let content = std::fs::read(version.parameters_path()).unwrap();
+        assert_eq!(Digest::of(&content), version.digest());
+        content.chunks(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
+    }
+
+    /// Where a chunk of a contribution is spooled.
+    fn chunk_path(&self, contribution: &WeightedContribution, index: u32) -> std::path::PathBuf {
+        let site = contribution.key.site.as_str();
+        let name =
+            format!("spool/pilot/{}/{site}/{}/{index:08}.chunk", contribution.key.round, "01".repeat(16));
+        self.folder.path().join(name)
+    }
+}
+
+/// Both steps of every element written as plainly as can be, in the stated order and precision.
+fn reference(optimizer: &OuterOptimizer, initial: &[f32], rounds: &[Vec<(f64, Vec<f32>)>]) -> Vec<f32> {
+    let mut parameters = initial.to_vec();
+    let mut momentum = vec![0f32; initial.len()];
+    for deltas in rounds {
+        let total: f64 = deltas.iter().map(|(weight, _)| weight).sum();
+        for i in 0..parameters.len() {
+            let mean: f64 =
+                deltas.iter().fold(0.0, |sum, (weight, delta)| sum + weight / total * f64::from(delta[i]));
+            let d = f64::from(mean as f32);
+            let p = f64::from(parameters[i]);
+            parameters[i] = match optimizer {
+                OuterOptimizer::FedAvg {} => (p + d) as f32,
+                OuterOptimizer::Nesterov { learning_rate, momentum: mu } => {
+                    momentum[i] = (mu * f64::from(momentum[i]) + d) as f32;
+                    (p + learning_rate * (d + mu * f64::from(momentum[i]))) as f32
+                }
+            };
+        }
+    }
+    parameters
+}
+
+fn any_vector(length: usize) -> impl Strategy<Value = Vec<f32>> {
+    // Values of very different size, so that any other order or precision shows.
+    prop::collection::vec(
+        (-1f32..1.0, -20i32..20).prop_map(|(value, exponent)| value * 2f32.powi(exponent)),
+        length,
+    )
+}
+
+fn any_optimizer() -> impl Strategy<Value = OuterOptimizer> {
+    prop_oneof![Just(OuterOptimizer::FedAvg {}), Just(NESTEROV)]
+}
+
+/// A number of parameters, an initial model, two rounds of up to five weighted deltas.
+fn any_run() -> impl Strategy<Value = (Vec<f32>, Vec<Vec<(f64, Vec<f32>)>>)> {
+    (1usize..60).prop_flat_map(|length| {
+        let round = prop::collection::vec((1f64..1e6, any_vector(length)), 1..6);
+        (any_vector(length), prop::collection::vec(round, 2))
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn the_global_model_is_the_same_bits_for_every_arrival_order_thread_count_and_chunk_size(
+        (initial, rounds) in any_run(),
+        optimizer in any_optimizer(),
+        encoding in prop::sample::select(Encoding::ALL.to_vec()),
+        chunk in 1u32..70,
+        shuffle in any::<u64>(),
+    ) {
+        // What the sites' values are after the wire.
+        let decoded: Vec<Vec<(f64, Vec<f32>)>> = rounds.iter().map(|deltas| {
+            deltas.iter().map(|(weight, delta)| {
+                let (mut payload, mut decoded) = (Vec::new(), vec![0.0; delta.len()]);
+                encoding.codec().encode(delta, &mut payload);
+                encoding.codec().decode(&payload, &mut decoded).unwrap();
+                (*weight, decoded)
+            }).collect()
+        }).collect();
+        let expected = Digest::of(&bytes(&reference(&optimizer, &initial, &decoded)));
+
+        for (threads, chunk) in [(1, 4096), (1, chunk), (2, chunk), (3, 7), (8, chunk)] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let fixture = Fixture::new(&initial, chunk, encoding, optimizer.clone());
+            let mut digest = None;
+            for (round, deltas) in (1..).zip(&rounds) {
+                let mut contributions: Vec<_> = (0..).zip(deltas)
+                    .map(|(site, (weight, delta))| fixture.deliver(round, &format!("site-{site}"), *weight, delta))
+                    .collect();
+                let turn = shuffle.wrapping_mul(threads as u64) as usize % contributions.len();
+                contributions.rotate_left(turn);
+                if shuffle % 2 == 0 {
+                    contributions.reverse();
+                }
+                let reduction = pool.install(|| fixture.reduce(round - 1, &contributions)).unwrap();
+                digest = Some(reduction.version.digest());
+            }
+            prop_assert_eq!(digest, Some(expected), "threads {}, chunk {}", threads, chunk);
+        }
+    }
+
+    #[test]
+    fn the_mean_of_identical_deltas_is_that_delta(
+        delta in any_vector(40), weights in prop::collection::vec(1f64..1e6, 1..6),
+    ) {
+        let fixture = Fixture::new(&[0.0; 40], 16, Encoding::Fp32, OuterOptimizer::FedAvg {});
+        let contributions: Vec<_> = (0..).zip(&weights)
+            .map(|(site, weight)| fixture.deliver(1, &format!("site-{site}"), *weight, &delta))
+            .collect();
+        fixture.reduce(0, &contributions).unwrap();
+        prop_assert_eq!(fixture.parameters(1), delta);
+    }
+}
+
+#[test]
+fn norms_are_those_of_the_mean_and_of_the_applied_update() {
+    let fixture = Fixture::new(
+        &[0.0; 4],
+        2,
+        Encoding::Fp32,
+        OuterOptimizer::Nesterov { learning_rate: 0.5, momentum: 0.5 },
+    );
+    // Mean (3, 4, 0, 12), norm 13; the first step is lr (1 + mu) = 0.75 of it.
+    let contributions = [
+        fixture.deliver(1, "north", 1.0, &[0.0, 4.0, 0.0, 0.0]),
+        fixture.deliver(1, "south", 3.0, &[4.0, 4.0, 0.0, 16.0]),
+    ];
+    let reduction = fixture.reduce(0, &contributions).unwrap();
+    assert_eq!((reduction.delta_norm, reduction.update_norm), (13.0, 9.75));
+    assert_eq!(fixture.parameters(1), [2.25, 3.0, 0.0, 9.0]);
+}
+
+#[test]
+fn when_every_site_is_at_zero_the_global_model_goes_to_zero() {
+    for optimizer in [OuterOptimizer::FedAvg {}, NESTEROV] {
+        let fixture = Fixture::new(&[1.0, -2.0, 0.5], 2, Encoding::Bf16, optimizer.clone());
+        let delta = [-1.0, 2.0, -0.5];
+        let contributions = ["a", "b"].map(|site| fixture.deliver(1, site, 2.0, &delta));
+        fixture.reduce(0, &contributions).unwrap();
+        let before_and_after = [1.0f32, -2.0, 0.5].into_iter().zip(fixture.parameters(1));
+        for (before, after) in before_and_after {
+            assert!(after.abs() < before.abs() / 2.0, "{optimizer:?}: {before} became {after}");
+        }
+    }
+}
+
+#[test]
+fn reducing_again_after_a_crash_gives_the_same_version() {
+    let fixture = Fixture::new(&[1.0; 10], 4, Encoding::Fp32, NESTEROV);
+    let contributions = [fixture.deliver(1, "north", 1.0, &[0.1; 10])];
+    // Killed while writing: the partial version is still there. Killed before the commit: an orphan is.
+    std::mem::forget(fixture.models.begin(&run(), 1, fixture.plan, true).unwrap());
+    let first = fixture.reduce(0, &contributions).unwrap().version.digest();
+    let second = fixture.reduce(0, &contributions).unwrap().version.digest();
+    assert_eq!(first, second);
+    assert_eq!(fixture.models.versions(&run()).unwrap(), [0, 1]);
+}
+
+/// Reduces a round after `damage` to north's delta: the error must name north and leave no version, and
+/// the others can be reduced without it.
+fn check_damage(
+    damage: impl FnOnce(&Fixture, &mut WeightedContribution),
+    expected: fn(&ReduceError) -> bool,
+) {
+    let fixture = Fixture::new(&[0.0; 10], 4, Encoding::Fp32, OuterOptimizer::FedAvg {});
+    let mut north = fixture.deliver(1, "north", 1.0, &[0.5; 10]);
+    let south = fixture.deliver(1, "south", 1.0, &[0.25; 10]);
+    damage(&fixture, &mut north);
+    let error = fixture.reduce(0, &[north, south.clone()]).unwrap_err();
+    assert!(expected(&error), "{error:?}");
+    assert_eq!(error.site().map(SiteName::as_str), Some("north"));
+    assert!(error.to_string().contains("north"), "{error}");
+    assert_eq!(fixture.models.versions(&run()).unwrap(), [0]);
+    fixture.reduce(0, &[south]).unwrap();
+    assert_eq!(fixture.parameters(1), [0.25; 10]);
+}
+
+#[test]
+fn a_damaged_contribution_is_named_and_can_be_left_out() {
+    use std::fs;
+    check_damage(
+        |fixture, north| {
+            let path = fixture.chunk_path(north, 2);
+            let mut content = fs::read(&path).unwrap();
+            *content.last_mut().unwrap() ^= 1;
+            fs::write(path, content).unwrap();
+        },
+        |error| {
+            matches!(
+                error,
+                ReduceError::Damaged { chunk: 2, source: ChunkFault::Spool(SpoolError::Corrupt { .. }), .. }
+            )
+        },
+    );
+    check_damage(
+        |fixture, north| fs::remove_file(fixture.chunk_path(north, 1)).unwrap(),
+        |error| {
+            matches!(
+                error,
+                ReduceError::Damaged { chunk: 1, source: ChunkFault::Spool(SpoolError::Missing { .. }), .. }
+            )
+        },
+    );
+    check_damage(
+        |fixture, north| {
+            let payload = bytes(&[9.0; 4]);
+            fixture.spool.put(&north.key, 0, &payload, Digest::of(&payload)).unwrap();
+        },
+        |error| matches!(error, ReduceError::OtherDelta { .. }),
+    );
+    for payload in [bytes(&[0.0, f32::NAN, 0.0, 0.0]), bytes(&[0.0; 3])] {
+        check_damage(
+            move |fixture, north| {
+                fixture.spool.put(&north.key, 0, &payload, Digest::of(&payload)).unwrap();
+                north.delta_digest = fixture.spool.summary(&north.key, 3).unwrap().digest;
+            },
+            |error| matches!(error, ReduceError::Damaged { chunk: 0, source: ChunkFault::Decode(_), .. }),
+        );
+    }
+}
+
+#[test]
+fn a_model_that_overflows_is_refused_with_the_parameter() {
+    let fixture = Fixture::new(&[f32::MAX; 6], 4, Encoding::Fp32, OuterOptimizer::FedAvg {});
+    let contribution = fixture.deliver(1, "north", 1.0, &[0.0, 0.0, 0.0, 0.0, 0.0, f32::MAX]);
+    let error = fixture.reduce(0, &[contribution]).unwrap_err();
+    assert!(matches!(error, ReduceError::NotFinite { version: 1, parameter: 5 }), "{error}");
+    assert_eq!(fixture.models.versions(&run()).unwrap(), [0]);
+}
+
+#[test]
+fn lists_that_no_round_can_have_are_refused() {
+    let fixture = Fixture::new(&[0.0; 4], 4, Encoding::Fp32, OuterOptimizer::FedAvg {});
+    let good = fixture.deliver(1, "north", 1.0, &[0.5; 4]);
+    assert!(matches!(fixture.reduce(0, &[]), Err(ReduceError::NoContributions { round: 1 })));
+    let early = fixture.deliver(2, "south", 1.0, &[0.5; 4]);
+    let weightless = |weight| WeightedContribution { weight, ..good.clone() };
+    for list in [
+        vec![good.clone(), good.clone()],
+        vec![good.clone(), early],
+        vec![weightless(0.0)],
+        vec![weightless(-1.0)],
+        vec![weightless(f64::NAN)],
+    ] {
+        assert!(matches!(fixture.reduce(0, &list), Err(ReduceError::Unfit { round: 1, .. })));
+    }
+}

@@ -1,0 +1,427 @@
+//! Rounds and what belongs to them: contributions, evaluations, checkpoints.
+
+use std::path::PathBuf;
+
+use consort_common::{
+    ids::{Digest, RunName, SiteName},
+    units::UnixMs,
+};
+use sqlx::{SqliteConnection, sqlite::SqliteRow};
+
+use super::{
+    Store, StoreError,
+    values::{Columns, count, finite},
+};
+
+/// A committed round.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RoundRow {
+    /// From 1; also the version that it made.
+    pub round: u32,
+    /// When its first attempt began.
+    pub started_ms: UnixMs,
+    /// When it was committed.
+    pub committed_ms: UnixMs,
+    /// Times that sites were selected for it.
+    pub attempts: u32,
+    /// The run's cumulative step before it.
+    pub first_step: u64,
+    /// Tokens trained, all contributors.
+    pub tokens: u64,
+    /// Weighted mean over the contributors, nats per token.
+    pub train_loss: f64,
+    /// L2 norm of the averaged delta.
+    pub delta_norm: f64,
+    /// L2 norm of the update that the outer optimizer applied.
+    pub update_norm: f64,
+    /// Model payload sent for it.
+    pub bytes_down: u64,
+    /// Model payload received for it.
+    pub bytes_up: u64,
+    /// Digest of the model that it made.
+    pub digest: Digest,
+    /// Deltas that were averaged. Not stored: counted.
+    pub contributors: u32,
+}
+
+/// A round to be committed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RoundCommit {
+    /// Its row; `contributors` is ignored.
+    pub row: RoundRow,
+    /// Share of the average of every delta that was averaged; each was recorded before.
+    pub weights: Vec<(SiteName, f64)>,
+}
+
+/// An accepted delta.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ContributionRow {
+    /// Whose.
+    pub site: SiteName,
+    /// For which run. The run of the call that records it.
+    pub run: RunName,
+    /// For which round.
+    pub round: u32,
+    /// Share of the average, 0 to 1; none while the round is open or if it was not averaged.
+    pub weight: Option<f64>,
+    /// Tokens trained.
+    pub tokens: u64,
+    /// Local steps taken.
+    pub steps: u32,
+    /// Mean training loss, nats per token.
+    pub train_loss: f64,
+    /// Seconds of local training.
+    pub train_seconds: f64,
+    /// L2 norm before encoding.
+    pub delta_norm: f64,
+    /// Encoded payload, in bytes.
+    pub bytes: u64,
+    /// Digest over its chunk digests.
+    pub delta_digest: Digest,
+    /// When it was accepted.
+    pub accepted_ms: UnixMs,
+}
+
+/// Held-out loss of a version at a site.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EvaluationRow {
+    /// Which version.
+    pub version: u32,
+    /// Which site.
+    pub site: SiteName,
+    /// Mean cross-entropy, nats per token.
+    pub loss: f64,
+    /// Tokens predicted.
+    pub tokens: u64,
+    /// UTF-8 bytes of the text that they encode.
+    pub text_bytes: u64,
+}
+
+/// A published checkpoint.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CheckpointRow {
+    /// Which version.
+    pub version: u32,
+    /// Its directory.
+    pub path: PathBuf,
+    /// Total of its files.
+    pub bytes: u64,
+    /// When it was published.
+    pub created_ms: UnixMs,
+    /// Digest of the model's flat vector.
+    pub digest: Digest,
+}
+
+/// Token-weighted mean of the sites' losses of one version, nats per token; none without tokens. Summed in
+/// the order given, which the store's queries fix.
+pub fn mean_loss<'a>(evaluations: impl IntoIterator<Item = &'a EvaluationRow>) -> Option<f64> {
+    #[allow(clippy::cast_precision_loss)]
+    let (sum, tokens) = evaluations.into_iter().fold((0.0, 0.0), |(sum, tokens), evaluation| {
+        (sum + evaluation.loss * evaluation.tokens as f64, tokens + evaluation.tokens as f64)
+    });
+    (tokens > 0.0).then_some(sum / tokens)
+}
+
+const SELECT_ROUND: &str = "SELECT rounds.*, (SELECT COUNT(*) FROM contributions WHERE contributions.run = rounds.run \
+    AND contributions.round = rounds.round AND contributions.weight IS NOT NULL) AS contributors FROM rounds";
+
+impl Store {
+    /// The run's committed rounds, ascending.
+    pub async fn rounds(&self, run: &RunName) -> Result<Vec<RoundRow>, StoreError> {
+        let rows = sqlx::query(&format!("{SELECT_ROUND} WHERE rounds.run = $1 ORDER BY rounds.round"))
+            .bind(run.as_str())
+            .fetch_all(&self.readers)
+            .await
+            .map_err(StoreError::of("list a run's rounds"))?;
+        rows.iter().map(round_row).collect()
+    }
+
+    /// One committed round.
+    pub async fn round(&self, run: &RunName, round: u32) -> Result<Option<RoundRow>, StoreError> {
+        let row = sqlx::query(&format!("{SELECT_ROUND} WHERE rounds.run = $1 AND rounds.round = $2"))
+            .bind(run.as_str())
+            .bind(i64::from(round))
+            .fetch_optional(&self.readers)
+            .await
+            .map_err(StoreError::of("read a round"))?;
+        row.as_ref().map(round_row).transpose()
+    }
+
+    /// The deltas accepted for a round, by site.
+    pub async fn contributions(&self, run: &RunName, round: u32) -> Result<Vec<ContributionRow>, StoreError> {
+        let rows = sqlx::query("SELECT * FROM contributions WHERE run = $1 AND round = $2 ORDER BY site")
+            .bind(run.as_str())
+            .bind(i64::from(round))
+            .fetch_all(&self.readers)
+            .await
+            .map_err(StoreError::of("list a round's contributions"))?;
+        rows.iter().map(contribution_row).collect()
+    }
+
+    /// A site's newest contributions over all runs, newest first.
+    pub async fn client_contributions(
+        &self,
+        site: &SiteName,
+        limit: u32,
+    ) -> Result<Vec<ContributionRow>, StoreError> {
+        let rows = sqlx::query(
+            "SELECT * FROM contributions WHERE site = $1 ORDER BY accepted_ms DESC, run, round DESC LIMIT $2",
+        )
+        .bind(site.as_str())
+        .bind(i64::from(limit))
+        .fetch_all(&self.readers)
+        .await
+        .map_err(StoreError::of("list a site's contributions"))?;
+        rows.iter().map(contribution_row).collect()
+    }
+
+    /// The run's evaluations, by version and site.
+    pub async fn evaluations(&self, run: &RunName) -> Result<Vec<EvaluationRow>, StoreError> {
+        let rows = sqlx::query("SELECT * FROM evaluations WHERE run = $1 ORDER BY version, site")
+            .bind(run.as_str())
+            .fetch_all(&self.readers)
+            .await
+            .map_err(StoreError::of("list a run's evaluations"))?;
+        rows.iter().map(evaluation_row).collect()
+    }
+
+    /// The run's published checkpoints, by version.
+    pub async fn checkpoints(&self, run: &RunName) -> Result<Vec<CheckpointRow>, StoreError> {
+        let rows = sqlx::query("SELECT * FROM checkpoints WHERE run = $1 ORDER BY version")
+            .bind(run.as_str())
+            .fetch_all(&self.readers)
+            .await
+            .map_err(StoreError::of("list a run's checkpoints"))?;
+        rows.iter().map(checkpoint_row).collect()
+    }
+}
+
+/// The round's commit point: its row, the weights, and the run's new version.
+pub(super) async fn commit_round(
+    connection: &mut SqliteConnection,
+    run: &RunName,
+    commit: &RoundCommit,
+) -> Result<(), StoreError> {
+    let row = &commit.row;
+    let updated =
+        sqlx::query("UPDATE runs SET version = $2, version_digest = $3 WHERE name = $1 AND version = $2 - 1")
+            .bind(run.as_str())
+            .bind(i64::from(row.round))
+            .bind(row.digest.to_string())
+            .execute(&mut *connection)
+            .await
+            .map_err(StoreError::of("commit a round"))?;
+    if updated.rows_affected() != 1 {
+        return Err(StoreError::NotNext { run: run.clone(), round: row.round });
+    }
+    insert_round(connection, run, row).await?;
+    for (site, weight) in &commit.weights {
+        set_weight(connection, run, row.round, site, *weight).await?;
+    }
+    Ok(())
+}
+
+async fn insert_round(
+    connection: &mut SqliteConnection,
+    run: &RunName,
+    row: &RoundRow,
+) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT INTO rounds (run, round, started_ms, committed_ms, attempts, first_step, tokens, train_loss, \
+         delta_norm, update_norm, bytes_down, bytes_up, digest) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+    )
+    .bind(run.as_str())
+    .bind(i64::from(row.round))
+    .bind(count("rounds.started_ms", row.started_ms)?)
+    .bind(count("rounds.committed_ms", row.committed_ms)?)
+    .bind(i64::from(row.attempts))
+    .bind(count("rounds.first_step", row.first_step)?)
+    .bind(count("rounds.tokens", row.tokens)?)
+    .bind(finite("rounds.train_loss", row.train_loss)?)
+    .bind(finite("rounds.delta_norm", row.delta_norm)?)
+    .bind(finite("rounds.update_norm", row.update_norm)?)
+    .bind(count("rounds.bytes_down", row.bytes_down)?)
+    .bind(count("rounds.bytes_up", row.bytes_up)?)
+    .bind(row.digest.to_string())
+    .execute(connection)
+    .await
+    .map_err(StoreError::of("commit a round"))?;
+    Ok(())
+}
+
+async fn set_weight(
+    connection: &mut SqliteConnection,
+    run: &RunName,
+    round: u32,
+    site: &SiteName,
+    weight: f64,
+) -> Result<(), StoreError> {
+    let updated =
+        sqlx::query("UPDATE contributions SET weight = $4 WHERE run = $1 AND round = $2 AND site = $3")
+            .bind(run.as_str())
+            .bind(i64::from(round))
+            .bind(site.as_str())
+            .bind(finite("contributions.weight", weight)?)
+            .execute(connection)
+            .await
+            .map_err(StoreError::of("commit a round"))?;
+    if updated.rows_affected() == 1 {
+        Ok(())
+    } else {
+        Err(StoreError::NoContribution { run: run.clone(), round, site: site.clone() })
+    }
+}
+
+/// Records a delta, in place of one that the site delivered for the same round before.
+pub(super) async fn insert_contribution(
+    connection: &mut SqliteConnection,
+    run: &RunName,
+    row: &ContributionRow,
+) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT INTO contributions (run, round, site, weight, tokens, steps, train_loss, train_seconds, delta_norm, \
+         bytes, delta_digest, accepted_ms) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) \
+         ON CONFLICT (run, round, site) DO UPDATE SET weight = excluded.weight, tokens = excluded.tokens, \
+         steps = excluded.steps, train_loss = excluded.train_loss, train_seconds = excluded.train_seconds, \
+         delta_norm = excluded.delta_norm, bytes = excluded.bytes, delta_digest = excluded.delta_digest, \
+         accepted_ms = excluded.accepted_ms",
+    )
+    .bind(run.as_str())
+    .bind(i64::from(row.round))
+    .bind(row.site.as_str())
+    .bind(row.weight.map(|weight| finite("contributions.weight", weight)).transpose()?)
+    .bind(count("contributions.tokens", row.tokens)?)
+    .bind(i64::from(row.steps))
+    .bind(finite("contributions.train_loss", row.train_loss)?)
+    .bind(finite("contributions.train_seconds", row.train_seconds)?)
+    .bind(finite("contributions.delta_norm", row.delta_norm)?)
+    .bind(count("contributions.bytes", row.bytes)?)
+    .bind(row.delta_digest.to_string())
+    .bind(count("contributions.accepted_ms", row.accepted_ms)?)
+    .execute(connection)
+    .await
+    .map_err(StoreError::of("record a contribution"))?;
+    Ok(())
+}
+
+pub(super) async fn upsert_evaluation(
+    connection: &mut SqliteConnection,
+    run: &RunName,
+    row: &EvaluationRow,
+) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT INTO evaluations (run, version, site, loss, tokens, text_bytes) VALUES ($1, $2, $3, $4, $5, $6) \
+         ON CONFLICT (run, version, site) DO UPDATE SET loss = excluded.loss, tokens = excluded.tokens, \
+         text_bytes = excluded.text_bytes",
+    )
+    .bind(run.as_str())
+    .bind(i64::from(row.version))
+    .bind(row.site.as_str())
+    .bind(finite("evaluations.loss", row.loss)?)
+    .bind(count("evaluations.tokens", row.tokens)?)
+    .bind(count("evaluations.text_bytes", row.text_bytes)?)
+    .execute(connection)
+    .await
+    .map_err(StoreError::of("record an evaluation"))?;
+    Ok(())
+}
+
+pub(super) async fn upsert_checkpoint(
+    connection: &mut SqliteConnection,
+    run: &RunName,
+    row: &CheckpointRow,
+) -> Result<(), StoreError> {
+    let path = row.path.to_str().ok_or_else(|| StoreError::Unstorable {
+        column: "checkpoints.path",
+        value: row.path.display().to_string(),
+    })?;
+    sqlx::query(
+        "INSERT INTO checkpoints (run, version, path, bytes, created_ms, digest) VALUES ($1, $2, $3, $4, $5, $6) \
+         ON CONFLICT (run, version) DO UPDATE SET path = excluded.path, bytes = excluded.bytes, \
+         created_ms = excluded.created_ms, digest = excluded.digest",
+    )
+    .bind(run.as_str())
+    .bind(i64::from(row.version))
+    .bind(path)
+    .bind(count("checkpoints.bytes", row.bytes)?)
+    .bind(count("checkpoints.created_ms", row.created_ms)?)
+    .bind(row.digest.to_string())
+    .execute(connection)
+    .await
+    .map_err(StoreError::of("record a checkpoint"))?;
+    Ok(())
+}
+
+pub(super) async fn delete_checkpoint(
+    connection: &mut SqliteConnection,
+    run: &RunName,
+    version: u32,
+) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM checkpoints WHERE run = $1 AND version = $2")
+        .bind(run.as_str())
+        .bind(i64::from(version))
+        .execute(connection)
+        .await
+        .map_err(StoreError::of("retire a checkpoint"))?;
+    Ok(())
+}
+
+fn round_row(row: &SqliteRow) -> Result<RoundRow, StoreError> {
+    let row = Columns(row);
+    Ok(RoundRow {
+        round: row.count("round")?,
+        started_ms: row.count("started_ms")?,
+        committed_ms: row.count("committed_ms")?,
+        attempts: row.count("attempts")?,
+        first_step: row.count("first_step")?,
+        tokens: row.count("tokens")?,
+        train_loss: row.float("train_loss")?,
+        delta_norm: row.float("delta_norm")?,
+        update_norm: row.float("update_norm")?,
+        bytes_down: row.count("bytes_down")?,
+        bytes_up: row.count("bytes_up")?,
+        digest: row.parsed("digest")?,
+        contributors: row.count("contributors")?,
+    })
+}
+
+fn contribution_row(row: &SqliteRow) -> Result<ContributionRow, StoreError> {
+    let row = Columns(row);
+    Ok(ContributionRow {
+        site: row.parsed("site")?,
+        run: row.parsed("run")?,
+        round: row.count("round")?,
+        weight: row.optional_float("weight")?,
+        tokens: row.count("tokens")?,
+        steps: row.count("steps")?,
+        train_loss: row.float("train_loss")?,
+        train_seconds: row.float("train_seconds")?,
+        delta_norm: row.float("delta_norm")?,
+        bytes: row.count("bytes")?,
+        delta_digest: row.parsed("delta_digest")?,
+        accepted_ms: row.count("accepted_ms")?,
+    })
+}
+
+fn evaluation_row(row: &SqliteRow) -> Result<EvaluationRow, StoreError> {
+    let row = Columns(row);
+    Ok(EvaluationRow {
+        version: row.count("version")?,
+        site: row.parsed("site")?,
+        loss: row.float("loss")?,
+        tokens: row.count("tokens")?,
+        text_bytes: row.count("text_bytes")?,
+    })
+}
+
+fn checkpoint_row(row: &SqliteRow) -> Result<CheckpointRow, StoreError> {
+    let row = Columns(row);
+    Ok(CheckpointRow {
+        version: row.count("version")?,
+        path: row.text("path")?.into(),
+        bytes: row.count("bytes")?,
+        created_ms: row.count("created_ms")?,
+        digest: row.parsed("digest")?,
+    })
+}

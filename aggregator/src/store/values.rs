@@ -1,0 +1,62 @@
+//! Between the types of the code and those of the database's columns, both ways checked.
+
+use std::{fmt::Display, str::FromStr};
+
+use sqlx::{Row, sqlite::SqliteRow};
+
+use super::StoreError;
+
+/// A count for a BIGINT column.
+pub(super) fn count(column: &'static str, value: u64) -> Result<i64, StoreError> {
+    i64::try_from(value).map_err(|_| StoreError::Unstorable { column, value: value.to_string() })
+}
+
+/// A float for a DOUBLE PRECISION column: SQLite would turn NaN into NULL.
+pub(super) fn finite(column: &'static str, value: f64) -> Result<f64, StoreError> {
+    if value.is_finite() {
+        Ok(value)
+    } else {
+        Err(StoreError::Unstorable { column, value: value.to_string() })
+    }
+}
+
+/// A row, read column by column.
+pub(super) struct Columns<'a>(pub &'a SqliteRow);
+
+impl Columns<'_> {
+    /// A name or a digest.
+    pub(super) fn parsed<T: FromStr>(&self, column: &'static str) -> Result<T, StoreError> {
+        let text = self.text(column)?;
+        text.parse().map_err(|_| unreadable(column, &text))
+    }
+
+    pub(super) fn text(&self, column: &'static str) -> Result<String, StoreError> {
+        self.0.try_get(column).map_err(StoreError::of("read a row"))
+    }
+
+    /// A count, as u32 or u64.
+    pub(super) fn count<T: TryFrom<i64>>(&self, column: &'static str) -> Result<T, StoreError> {
+        let value: i64 = self.0.try_get(column).map_err(StoreError::of("read a row"))?;
+        T::try_from(value).map_err(|_| unreadable(column, &value))
+    }
+
+    pub(super) fn optional_count<T: TryFrom<i64>>(
+        &self,
+        column: &'static str,
+    ) -> Result<Option<T>, StoreError> {
+        let value: Option<i64> = self.0.try_get(column).map_err(StoreError::of("read a row"))?;
+        value.map(|value| T::try_from(value).map_err(|_| unreadable(column, &value))).transpose()
+    }
+
+    pub(super) fn float(&self, column: &'static str) -> Result<f64, StoreError> {
+        self.0.try_get(column).map_err(StoreError::of("read a row"))
+    }
+
+    pub(super) fn optional_float(&self, column: &'static str) -> Result<Option<f64>, StoreError> {
+        self.0.try_get(column).map_err(StoreError::of("read a row"))
+    }
+}
+
+fn unreadable(column: &'static str, value: &impl Display) -> StoreError {
+    StoreError::Unreadable { column, value: value.to_string() }
+}
