@@ -103,6 +103,12 @@ impl DeltaId {
     }
 }
 
+impl From<[u8; 16]> for DeltaId {
+    fn from(bytes: [u8; 16]) -> Self {
+        Self(bytes)
+    }
+}
+
 impl TryFrom<&[u8]> for DeltaId {
     type Error = DeltaIdError;
     fn try_from(bytes: &[u8]) -> Result<Self, DeltaIdError> {

@@ -36,7 +36,6 @@ impl TestFederation {
         };
         federation.pki(&["init", "--federation", FEDERATION]);
         federation.pki(&["issue", "aggregator", "main", "--host", "localhost", "--host", "127.0.0.1"]);
-        federation.pki(&["issue", "operator", "alice", "--endpoint", "localhost:1"]);
         for (seed, site) in sites.iter().enumerate() {
             federation.pki(&["issue", "site", site, "--endpoint", "localhost:1"]);
             texts::write(&federation.kit(&format!("site-{site}")).join("data"), seed as u64, 200);
@@ -106,7 +105,9 @@ impl TestFederation {
             fs::read_to_string(&announcement).ok().filter(|address| !address.is_empty())
         });
         let port = address.rsplit(':').next().expect("an address has a port").to_owned();
-        self.endpoint = Some(format!("localhost:{port}"));
+        if self.endpoint.replace(format!("localhost:{port}")).is_none() {
+            self.pki(&["issue", "operator", "alice", "--endpoint", self.endpoint()]);
+        }
         self.aggregator = Some(process);
     }
 
@@ -133,10 +134,10 @@ impl TestFederation {
                 .arg("run")
                 .arg("--config")
                 .arg(kit.join("client.toml"))
-                .env("CONSORT_ENDPOINT", self.endpoint())
-                .env("CONSORT_DEVICE__KIND", std::env::var("CONSORT_TEST_DEVICE").unwrap_or("cpu".to_owned()))
-                .env("CONSORT_DEVICE__THREADS", "1")
-                .env("CONSORT_TRAINING__CHECKPOINT_SECONDS", "1"),
+                .env("CONSORT_CLIENT_ENDPOINT", self.endpoint())
+                .env("CONSORT_CLIENT_DEVICE__KIND", std::env::var("CONSORT_TEST_DEVICE").unwrap_or("cpu".to_owned()))
+                .env("CONSORT_CLIENT_DEVICE__THREADS", "1")
+                .env("CONSORT_CLIENT_TRAINING__CHECKPOINT_SECONDS", "1"),
             &self.path().join(format!("{site}.log")),
         );
         self.clients.insert(site.to_owned(), process);
@@ -158,7 +159,6 @@ impl TestFederation {
             .arg("--config")
             .arg(self.kit("operator-alice").join("operator.toml"))
             .args(arguments)
-            .env("CONSORT_ENDPOINT", self.endpoint())
             .output()
             .expect("consort can be run")
     }
