@@ -1,7 +1,7 @@
 //! The compute device: the one place where it is chosen, described and measured, and where numbers from
 //! the host are moved to it. All other code is the same on every device.
 
-use std::{collections::BTreeSet, fmt, str::FromStr};
+use std::{collections::BTreeSet, fmt, os::unix::process::CommandExt, process::Command, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 use sysinfo::{MemoryRefreshKind, System};
@@ -114,6 +114,23 @@ pub fn set_threads(threads: usize) {
         threads => threads,
     };
     tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
+}
+
+/// Lets the CPU's threads sleep while they wait for each other, by starting this program anew with
+/// `OMP_WAIT_POLICY=passive`: libgomp reads the variable only when it is loaded. To be called first in `main`.
+/// Returns where the variable is set already, to whatever, or the system refuses.
+///
+/// By default they spin, which is no faster, and ruinous when others want the cores: two trainers with 2
+/// threads each on 2 cores made 600 tokens/s each spinning, and 9,600 sleeping.
+pub fn wait_passively() {
+    const POLICY: &str = "OMP_WAIT_POLICY";
+    if std::env::var_os(POLICY).is_some() {
+        return;
+    }
+    let mut arguments = std::env::args_os();
+    let (Ok(program), Some(name)) = (std::env::current_exe(), arguments.next()) else { return };
+    let error = Command::new(program).arg0(name).args(arguments).env(POLICY, "passive").exec();
+    tracing::warn!("the CPU's threads will spin while they wait: cannot start anew with {POLICY}: {error}");
 }
 
 /// The device for people: "cpu (2 threads)", "cuda:0 (NVIDIA H200, 139 GiB)".

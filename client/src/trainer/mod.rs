@@ -24,7 +24,7 @@ use consort_common::model::{Architecture, Manifest};
 use tch::{Kind, Reduction, TchError, Tensor};
 
 pub use self::{
-    device::{Device, DeviceChoice, DeviceError, Memory, describe, memory, set_threads},
+    device::{Device, DeviceChoice, DeviceError, Memory, describe, memory, set_threads, wait_passively},
     error::TrainerError,
     evaluate::EvaluationSum,
     generate::Sampling,
