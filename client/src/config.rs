@@ -22,6 +22,9 @@ use crate::trainer::DeviceChoice;
 /// Prefix of the environment variables that override the file.
 pub const ENVIRONMENT_PREFIX: &str = "CONSORT_CLIENT_";
 
+/// After the prefix: what names the file itself, for the command line.
+const PATH_VARIABLE: &str = "config";
+
 /// Every key with its meaning and its default, in the form of a file; the defaults are taken from here.
 pub const REFERENCE: &str = include_str!("client.reference.toml");
 
@@ -121,7 +124,7 @@ impl Config {
         if !path.is_file() {
             return Err(ConfigError::Missing(path.to_owned()));
         }
-        let environment = Env::prefixed(ENVIRONMENT_PREFIX).split("__");
+        let environment = Env::prefixed(ENVIRONMENT_PREFIX).ignore(&[PATH_VARIABLE]).split("__");
         let mut config = read(Toml::file_exact(path), environment)
             .map_err(|problems| ConfigError::Invalid { path: path.to_owned(), problems })?;
         let folder = std::path::absolute(path)

@@ -6,12 +6,15 @@
 //! `local_steps` and `trainer` (libtorch, the only user of `tch`). `daemon` puts the parts together.
 
 pub mod backoff;
+pub mod check;
+pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod data;
 #[cfg(test)]
 mod fake;
 pub mod link;
+pub mod local;
 pub mod local_steps;
 pub mod model_file;
 pub mod prepare;

@@ -1,0 +1,52 @@
+//! A folder of text made ready for a command, and the loss measured on it.
+
+use std::path::Path;
+
+use anyhow::Result;
+use consort_common::model::Architecture;
+
+use super::bar::Bar;
+use crate::{
+    data::{self, Dataset, HeldOut, PrepareProgress, PrepareRequest, Tokenizer},
+    local,
+    trainer::{Device, EvaluationSum},
+};
+
+/// Tokenises as a site would. Without a `cache` folder the tokens are gone when the dataset is.
+pub(super) fn prepare(
+    source: &Path,
+    cache: Option<&Path>,
+    tokenizer: Tokenizer,
+    held_out_fraction: f64,
+    vocabulary_size: usize,
+) -> Result<Dataset> {
+    let temporary = tempfile::tempdir()?;
+    let cache = cache.unwrap_or(temporary.path()).to_owned();
+    let request =
+        PrepareRequest { source: source.to_owned(), cache, tokenizer, held_out_fraction, vocabulary_size };
+    let bar = std::sync::Mutex::new(Bar::new("tokenising"));
+    let tell = |progress: PrepareProgress| {
+        if let Ok(mut bar) = bar.lock() {
+            bar.update(progress.bytes_read, progress.bytes_total, "");
+        }
+    };
+    // Shards are mapped: they stay readable after their temporary files have gone.
+    Ok(data::prepare(&request, &tell, &|| false)?)
+}
+
+/// The loss of the model `flat` on `held_out`, with progress.
+pub(super) fn measure(
+    architecture: &Architecture,
+    flat: &[f32],
+    held_out: &HeldOut,
+    device: Device,
+) -> Result<EvaluationSum> {
+    let bar = std::cell::RefCell::new(Bar::new("measuring"));
+    let message = format!("{} tokens", held_out.tokens());
+    // Asked before each batch, whose size is the model's business: a sign of life, without a share.
+    let alive = || {
+        bar.borrow_mut().pulse(&message);
+        false
+    };
+    Ok(local::evaluate(architecture, flat, held_out, device, &alive)?)
+}
