@@ -23,10 +23,15 @@ const DAYS_MAX: i64 = 36_500;
 #[derive(Debug, Subcommand)]
 pub enum PkiCommand {
     /// Make the federation's CA (once; its key stays on this machine)
+    #[command(after_help = "Example:\n  consort pki init --federation hospitals")]
     Init(InitArguments),
     /// Issue a certificate and write the kit (key, certificate, CA, configuration) of a member
+    #[command(
+        after_help = "Example:\n  consort pki issue aggregator main --host aggregator.example.org\n  consort pki issue site hospital-north"
+    )]
     Issue(IssueArguments),
     /// List the certificates that were issued, and when they expire
+    #[command(after_help = "Example:\n  consort pki list")]
     List(ListArguments),
 }
 

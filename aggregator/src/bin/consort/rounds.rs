@@ -1,0 +1,295 @@
+//! `consort rounds`: the committed rounds of a run, and what it takes to reproduce each.
+
+use clap::Subcommand;
+use consort_common::{ids::RunName, units};
+use consort_proto::v1;
+use jiff::tz::TimeZone;
+
+use crate::{
+    Context,
+    connection::{missing, reply},
+    failure::Failure,
+    json,
+    output::Output,
+    table::{Column, Table, facts},
+    words,
+};
+
+/// Show the committed rounds of a run
+#[derive(Debug, Subcommand)]
+pub enum RoundsCommand {
+    /// List the committed rounds of a run
+    #[command(after_help = "Example:\n  consort rounds list demo")]
+    List {
+        /// Name of the run
+        run: RunName,
+    },
+    /// Show a round's record: seed, digests, and each contributor's weight, tokens, loss and delta
+    #[command(after_help = "Example:\n  consort rounds show demo 3 --json > round-3.json")]
+    Show {
+        /// Name of the run
+        run: RunName,
+        /// The round, from 1
+        round: u32,
+    },
+}
+
+/// Does what the command says.
+pub async fn run(context: &Context, command: RoundsCommand) -> Result<(), Failure> {
+    let mut operator = context.operator().await?;
+    match command {
+        RoundsCommand::List { run } => {
+            let request = v1::ListRoundsRequest { run: run.to_string() };
+            let attempt = format!("list the rounds of the run {run}");
+            let rounds = reply(&attempt, operator.list_rounds(request)).await?.rounds;
+            let document = json::list("rounds", &rounds, json::round_summary);
+            context.output.show(&document, &list_lines(&rounds, &context.output))
+        }
+        RoundsCommand::Show { run, round } => {
+            let request = v1::GetRoundRequest { run: run.to_string(), round };
+            let attempt = format!("show round {round} of the run {run}");
+            let response = reply(&attempt, operator.get_round(request)).await?;
+            let summary = response.round.as_ref().ok_or_else(|| missing(&attempt, "round"))?;
+            let lines = record_lines(run.as_str(), summary, &response, &context.output, &TimeZone::system());
+            context.output.show(&json::round(run.as_str(), &response), &lines)
+        }
+    }
+}
+
+fn took(round: &v1::RoundSummary) -> String {
+    units::duration_ms(round.committed_unix_ms.saturating_sub(round.started_unix_ms))
+}
+
+fn list_lines(rounds: &[v1::RoundSummary], output: &Output) -> Vec<String> {
+    let mut table = Table::new([
+        Column::number("ROUND"),
+        Column::number("SITES"),
+        Column::number("TOKENS"),
+        Column::number("TRAIN LOSS"),
+        Column::number("PERPLEXITY"),
+        Column::number("TOOK"),
+        Column::number("UP").optional(2),
+        Column::number("DOWN").optional(3),
+        Column::number("ATTEMPTS").optional(5),
+        Column::number("DELTA NORM").optional(4),
+        Column::words("MODEL").optional(1),
+    ]);
+    for round in rounds {
+        table.row([
+            round.round.to_string(),
+            round.contributors.to_string(),
+            units::count(round.tokens),
+            words::loss(round.train_loss),
+            round.validation_loss.map_or_else(|| words::NONE.to_owned(), words::perplexity),
+            took(round),
+            units::bytes(round.bytes_up),
+            units::bytes(round.bytes_down),
+            round.attempts.to_string(),
+            words::number(round.delta_norm),
+            words::short_digest(&round.digest),
+        ]);
+    }
+    table.render(output.columns, output.paint)
+}
+
+fn record_lines(
+    run: &str,
+    summary: &v1::RoundSummary,
+    response: &v1::GetRoundResponse,
+    output: &Output,
+    zone: &TimeZone,
+) -> Vec<String> {
+    let loss_and_perplexity =
+        |loss: f64| format!("{} (perplexity {})", words::loss(loss), words::perplexity(loss));
+    let mut lines = facts(
+        &[
+            ("run", run.to_owned()),
+            ("round", summary.round.to_string()),
+            (
+                "committed",
+                format!("{}, after {}", words::date(summary.committed_unix_ms, zone), took(summary)),
+            ),
+            ("attempts", summary.attempts.to_string()),
+            ("seed", response.seed.to_string()),
+            ("specification", words::digest(&response.spec_digest)),
+            ("manifest", words::digest(&response.manifest_digest)),
+            ("model", words::digest(&summary.digest)),
+            ("tokens", summary.tokens.to_string()),
+            ("train loss", loss_and_perplexity(summary.train_loss)),
+            (
+                "held-out loss",
+                summary.validation_loss.map_or_else(|| words::NONE.to_owned(), loss_and_perplexity),
+            ),
+            ("delta norm", words::number(summary.delta_norm)),
+            ("update norm", words::number(summary.update_norm)),
+            ("sent to sites", units::bytes(summary.bytes_down)),
+            ("received", units::bytes(summary.bytes_up)),
+        ],
+        output.columns,
+        output.paint,
+    );
+    lines.push(String::new());
+    lines.extend(contribution_lines(&response.contributions, output));
+    lines.push(String::new());
+    lines.extend(digest_lines(&response.contributions, output));
+    if !response.evaluations.is_empty() {
+        lines.push(String::new());
+        lines.extend(evaluation_lines(&response.evaluations, output));
+    }
+    lines
+}
+
+fn contribution_lines(contributions: &[v1::Contribution], output: &Output) -> Vec<String> {
+    let mut table = Table::new([
+        Column::name("SITE"),
+        Column::number("WEIGHT"),
+        Column::number("TOKENS"),
+        Column::number("STEPS"),
+        Column::number("TRAIN LOSS"),
+        Column::number("TOOK").optional(1),
+        Column::number("DELTA NORM").optional(3),
+        Column::number("SENT").optional(2),
+    ]);
+    for contribution in contributions {
+        table.row([
+            contribution.site.clone(),
+            format!("{:.6}", contribution.weight),
+            contribution.tokens.to_string(),
+            contribution.steps.to_string(),
+            words::loss(contribution.train_loss),
+            took_seconds(contribution.train_seconds),
+            words::number(contribution.delta_norm),
+            units::bytes(contribution.bytes),
+        ]);
+    }
+    table.render(output.columns, output.paint)
+}
+
+/// Seconds as a client reports them: any number.
+fn took_seconds(seconds: f64) -> String {
+    let duration = std::time::Duration::try_from_secs_f64(seconds).ok();
+    let milliseconds = duration.and_then(|duration| u64::try_from(duration.as_millis()).ok());
+    milliseconds.map_or_else(|| words::NONE.to_owned(), units::duration_ms)
+}
+
+/// Whole digests: two records are compared by them. A long name pushes its digest to a line of its own.
+fn digest_lines(contributions: &[v1::Contribution], output: &Output) -> Vec<String> {
+    let heading = output.paint.strong("DELTA DIGESTS");
+    let lines = contributions.iter().flat_map(|contribution| {
+        let line = format!("{}  {}", contribution.site, words::digest(&contribution.delta_digest));
+        crate::text::wrap(&line, output.columns)
+    });
+    std::iter::once(heading).chain(lines).collect()
+}
+
+fn evaluation_lines(evaluations: &[v1::SiteEvaluation], output: &Output) -> Vec<String> {
+    let mut table = Table::new([
+        Column::name("HELD-OUT TEXT OF"),
+        Column::number("PERPLEXITY"),
+        Column::number("LOSS"),
+        Column::number("TOKENS"),
+    ]);
+    for site in evaluations {
+        let evaluation = site.evaluation.unwrap_or_default();
+        table.row([
+            site.site.clone(),
+            words::perplexity(evaluation.loss),
+            words::loss(evaluation.loss),
+            units::count(evaluation.tokens),
+        ]);
+    }
+    table.render(output.columns, output.paint)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::{Paint, width};
+
+    const OUTPUT: Output = Output { json: false, columns: 80, paint: Paint { colours: false } };
+
+    fn summary() -> v1::RoundSummary {
+        v1::RoundSummary {
+            round: 3,
+            started_unix_ms: 1_700_000_000_000,
+            committed_unix_ms: 1_700_000_065_000,
+            attempts: 1,
+            contributors: 2,
+            tokens: 2_048_000,
+            train_loss: 2.5,
+            delta_norm: 1.25,
+            update_norm: 0.9,
+            validation_loss: Some(std::f64::consts::LN_10),
+            bytes_down: 8_400_000,
+            bytes_up: 8_400_000,
+            digest: vec![0xAB; 32],
+        }
+    }
+
+    fn contribution(site: &str) -> v1::Contribution {
+        v1::Contribution {
+            site: site.into(),
+            weight: 0.5,
+            tokens: 1_024_000,
+            steps: 500,
+            train_loss: 2.5,
+            train_seconds: 61.5,
+            delta_norm: 1.25,
+            bytes: 4_200_000,
+            delta_digest: vec![0xCD; 32],
+            accepted_unix_ms: 1_700_000_064_000,
+        }
+    }
+
+    #[test]
+    fn the_list_fits_and_keeps_what_matters() {
+        assert_eq!(
+            list_lines(&[summary()], &OUTPUT),
+            [
+                "ROUND  SITES  TOKENS  TRAIN LOSS  PERPLEXITY        TOOK       UP  MODEL",
+                "    3      2   2.05M       2.500       10.00  1 min 05 s  8.40 MB  abababababab",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_record_has_every_digest_whole_within_80_columns() {
+        let response = v1::GetRoundResponse {
+            round: Some(summary()),
+            contributions: vec![contribution("books"), contribution(&"m".repeat(40))],
+            evaluations: vec![v1::SiteEvaluation {
+                site: "books".into(),
+                evaluation: Some(v1::Evaluation {
+                    version: 3,
+                    loss: std::f64::consts::LN_10,
+                    tokens: 100_000,
+                    text_bytes: 400_000,
+                }),
+            }],
+            spec_digest: vec![0x11; 32],
+            manifest_digest: vec![0x22; 32],
+            seed: u64::MAX,
+        };
+        let lines = record_lines("demo", &summary(), &response, &OUTPUT, &TimeZone::UTC);
+        let text = lines.join("\n");
+        for whole in ["ab", "cd", "11", "22"].map(|pair| pair.repeat(32)) {
+            assert!(text.contains(&whole), "{whole} is not in\n{text}");
+        }
+        for part in [
+            "seed           18446744073709551615",
+            "2023-11-14 22:14:25, after 1 min 05 s",
+            "10.00  2.303    100k",
+        ] {
+            assert!(text.contains(part), "{part:?} is not in\n{text}");
+        }
+        assert!(lines.iter().all(|line| width(line) <= 80), "{text}");
+    }
+
+    #[test]
+    fn a_client_may_report_any_duration() {
+        assert_eq!(took_seconds(61.5), "1 min 01 s");
+        for nonsense in [-1.0, f64::NAN, f64::INFINITY, 1e300] {
+            assert_eq!(took_seconds(nonsense), "-");
+        }
+    }
+}
