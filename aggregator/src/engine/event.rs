@@ -1,6 +1,6 @@
 //! What can happen to a run, and why an event may be refused.
 
-use consort_common::ids::{Digest, SiteName};
+use consort_common::ids::{DeltaId, Digest, SiteName};
 use serde::{Deserialize, Serialize};
 
 use super::state::RunStatus;
@@ -82,6 +82,8 @@ pub struct ContributionFacts {
     pub bytes: u64,
     /// BLAKE3 over the chunk digests, in chunk order.
     pub delta_digest: Digest,
+    /// Under which id the delta is spooled.
+    pub delta: DeltaId,
 }
 
 /// What a reduction gave.
@@ -205,6 +207,25 @@ pub enum Rejection {
         /// The most there can be.
         limit: usize,
     },
+}
+
+impl Rejection {
+    /// Whether what was sent is wrong, so that sending it again is useless; else the run has moved on.
+    pub fn is_content(&self) -> bool {
+        match self {
+            Self::Conflict { .. }
+            | Self::OverClaimed { .. }
+            | Self::Implausible { .. }
+            | Self::UnknownVersion { .. } => true,
+            Self::WrongStatus { .. }
+            | Self::NotRunning { .. }
+            | Self::RoundOver { .. }
+            | Self::NotAssigned { .. }
+            | Self::NotWanted { .. }
+            | Self::NotReducing { .. }
+            | Self::TooManySites { .. } => false,
+        }
+    }
 }
 
 /// Refuses what is not a finite number of at least 0.

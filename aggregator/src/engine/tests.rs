@@ -34,6 +34,7 @@ pub(super) fn facts(name: &SiteName, round: u32) -> ContributionFacts {
         delta_norm: 0.3,
         bytes: 1000,
         delta_digest: Digest::of(format!("{name} {round}").as_bytes()),
+        delta: [1; 16].into(),
     }
 }
 

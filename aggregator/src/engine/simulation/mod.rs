@@ -28,7 +28,7 @@ use super::{
 const SCHEDULES: u64 = 100_000;
 const SEED: u64 = 20_240_611;
 /// Random events per schedule, at most.
-const CHAOS_EVENTS_MAX: u32 = 90;
+const CHAOS_EVENTS_MAX: u32 = 100;
 /// Turns in which a calm run must take its next step towards the end, per round and for the whole.
 const CALM_TURNS_PER_ROUND: u32 = 12;
 const CALM_TURNS: u32 = 20;
@@ -72,7 +72,10 @@ fn check_tally(tally: &Tally, schedules: u64) {
         assert!(count > schedules / 2, "{what}: {count}");
     }
     for (what, count) in [
+        ("commits amid chaos", tally.chaotic_commits),
         ("retried", tally.retried),
+        ("replaced sites' deltas", tally.replaced),
+        ("joined an attempt", tally.joined),
         ("duplicates", tally.duplicates),
         ("conflicts", tally.conflicts),
         ("late", tally.late),
@@ -90,6 +93,12 @@ fn schedule(specification: &RunSpec, seed: u64, trace: bool) -> Tally {
     let (plan, terms) = random_plan(specification, sites.len() as u32, &mut dice);
     let mut world = World::new(plan, terms, trace);
     world.note(|| format!("{} sites, {terms:?}", sites.len()));
+    if dice.random_ratio(2, 3) {
+        world.take(Event::Start);
+        for site in &sites {
+            world.take(Event::SiteReady(site.clone()));
+        }
+    }
     for _ in 0..dice.random_range(0..=CHAOS_EVENTS_MAX) {
         world.now += dice.random_range(0..200);
         chaos(&mut world, &sites, &mut dice);
@@ -97,6 +106,7 @@ fn schedule(specification: &RunSpec, seed: u64, trace: bool) -> Tally {
             world.check_words(one);
         }
     }
+    world.tally.chaotic_commits = world.tally.commits;
     calm(&mut world, &sites, &mut dice);
     world.tally
 }
@@ -136,7 +146,12 @@ fn chaos(world: &mut World, sites: &[SiteName], dice: &mut ChaCha8Rng) {
         30..33 => drop(world.take(Event::Resume)),
         33 if dice.random_ratio(1, 10) => drop(world.take(Event::Abort { reason: "chaos".into() })),
         33..56 => {
-            let event = honest_delivery(world, one);
+            let working = match &world.state().phase {
+                Phase::Training(training) => training.working().next().cloned(),
+                _ => None,
+            };
+            let deliverer = if dice.random() { one } else { working.unwrap_or(one) };
+            let event = honest_delivery(world, deliverer);
             world.take(event);
         }
         56..66 => {
@@ -183,10 +198,6 @@ fn odd_delivery(world: &World, site: SiteName, dice: &mut ChaCha8Rng) -> Event {
         5 => facts.steps += 1,
         _ => facts.train_loss = f64::NAN,
     }
-    if dice.random() && round == world.state().round() { /* as of this round */
-    } else {
-        facts.bytes += 1
-    }
     Event::Delivered { site, round, facts }
 }
 
@@ -208,16 +219,18 @@ fn tick(world: &mut World, dice: &mut ChaCha8Rng) {
     world.take(Event::Tick);
 }
 
-/// Performs the next effect, now and then twice, or the one after it first.
+/// Performs the next few effects, now and then twice, or the one after it first.
 fn perform(world: &mut World, dice: &mut ChaCha8Rng) {
-    if world.pending.len() > 1 && dice.random_ratio(1, 4) {
-        world.pending.swap(0, 1);
-    }
-    if let Some(effect) = world.pending.pop_front() {
-        if dice.random_ratio(1, 5) {
-            world.perform(effect.clone());
+    for _ in 0..dice.random_range(1..=4) {
+        if world.pending.len() > 1 && dice.random_ratio(1, 4) {
+            world.pending.swap(0, 1);
         }
-        world.perform(effect);
+        if let Some(effect) = world.pending.pop_front() {
+            if dice.random_ratio(1, 5) {
+                world.perform(effect.clone());
+            }
+            world.perform(effect);
+        }
     }
 }
 
@@ -241,8 +254,10 @@ fn calm(world: &mut World, sites: &[SiteName], dice: &mut ChaCha8Rng) {
             RunStatus::Aborted { .. } => return,
             RunStatus::Created => drop(world.take(Event::Start)),
             RunStatus::Paused => drop(world.take(Event::Resume)),
-            RunStatus::Active if cooperate(world, &live) => {}
             RunStatus::Active => {
+                if cooperate(world, &live) {
+                    continue;
+                }
                 if live.len() < needed {
                     assert_eq!(world.state().phase, Phase::Waiting, "too few sites for any round");
                     return;
@@ -275,6 +290,7 @@ fn cooperate(world: &mut World, live: &[SiteName]) -> bool {
         world.finish_reduction(0, true);
     }
     while let Some(version) = world.publications.pop() {
+        was_busy = true;
         world.take(Event::Published { version });
     }
     for site in live {

@@ -12,7 +12,12 @@ use super::super::{tests::reduced, *};
 pub(super) struct Tally {
     pub steps: u64,
     pub commits: u64,
+    pub chaotic_commits: u64,
+    /// Rounds that took several attempts; replaced sites' deltas that counted; sites that joined an
+    /// attempt under way.
     pub retried: u64,
+    pub replaced: u64,
+    pub joined: u64,
     pub duplicates: u64,
     pub conflicts: u64,
     pub late: u64,
@@ -27,7 +32,10 @@ impl Tally {
         Self {
             steps: self.steps + other.steps,
             commits: self.commits + other.commits,
+            chaotic_commits: self.chaotic_commits + other.chaotic_commits,
             retried: self.retried + other.retried,
+            replaced: self.replaced + other.replaced,
+            joined: self.joined + other.joined,
             duplicates: self.duplicates + other.duplicates,
             conflicts: self.conflicts + other.conflicts,
             late: self.late + other.late,
@@ -109,7 +117,9 @@ impl World {
     /// One event: step, check, and the transaction that stores its outcome. Whether it was accepted.
     pub(super) fn take(&mut self, event: Event) -> bool {
         let before = self.run.clone();
-        let outcome = self.run.step(&self.plan, event.clone(), self.now);
+        let taken = event.clone();
+        let outcome = self.run.step(&self.plan, event, self.now);
+        let event = taken;
         self.note(|| format!("{event:?}\n          -> {outcome:?}"));
         self.tally.steps += 1;
         if let Event::Delivered { site, round, facts } = &event {
@@ -259,6 +269,9 @@ impl World {
             (None, Ok(effects)) => {
                 assert!(is_running && open_round == Some(round) && is_assigned && is_sane);
                 assert!(matches!(&effects[0], Effect::RecordContribution { .. }));
+                if let Phase::Training(training) = &before.phase {
+                    self.tally.replaced += u64::from(training.sites.get(site) == Some(&Standing::Replaced));
+                }
             }
             (None, Err(rejection)) => {
                 let is_welcome = is_running && open_round == Some(round) && is_assigned && is_sane;
@@ -278,7 +291,8 @@ impl World {
         assert_eq!(after.cumulative_step, u64::from(after.version) * u64::from(self.plan.local_steps()));
         assert!(after.version <= self.terms.rounds);
         if before.status.is_over() {
-            assert_eq!((before, before.phase == Phase::Done), (after, true), "what is over stays as it is");
+            assert_eq!((&before.status, before.version), (&after.status, after.version), "over is over");
+            assert_eq!(after.phase, Phase::Done);
         }
         if let Phase::Training(training) = &before.phase {
             let is_overdue = training.deadline_ms.is_some_and(|deadline_ms| deadline_ms <= self.now);
@@ -292,6 +306,10 @@ impl World {
                 assert_eq!(training.round, before.version.max(after.version) + 1);
                 assert!(training.wanted >= self.terms.quorum.max(1));
                 self.was_disturbed = false;
+            } else if let (Event::SiteReady(_), Phase::Training(before)) = (event, &before.phase) {
+                let has_joined =
+                    training.attempt == before.attempt && training.selected() > before.selected();
+                self.tally.joined += u64::from(has_joined);
             }
             let round = training.round;
             self.assigned.extend(training.sites.keys().map(|site| (round, site.clone())));
