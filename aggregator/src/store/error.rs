@@ -139,5 +139,5 @@ fn primary_code(error: &sqlx::Error) -> Option<i32> {
 
 /// Whether the error is a key that exists.
 pub(super) fn is_taken(error: &sqlx::Error) -> bool {
-    error.as_database_error().is_some_and(|error| error.is_unique_violation())
+    error.as_database_error().is_some_and(sqlx::error::DatabaseError::is_unique_violation)
 }

@@ -6,6 +6,7 @@
 //! its business. One process uses a database at a time: its owner keeps others out.
 
 mod clients;
+mod contributions;
 mod error;
 mod events;
 mod records;
@@ -23,10 +24,11 @@ use sqlx::{
 
 pub use self::{
     clients::{ClientRow, RunSiteRow},
+    contributions::ContributionRow,
     error::StoreError,
     events::{EVENTS_MAX, EventRow},
     records::Record,
-    rounds::{CheckpointRow, ContributionRow, EvaluationRow, RoundCommit, RoundRow, mean_loss},
+    rounds::{CheckpointRow, EvaluationRow, RoundCommit, RoundRow, mean_loss},
     runs::{NewRun, RunRow},
 };
 

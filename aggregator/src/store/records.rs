@@ -4,8 +4,10 @@ use consort_common::{ids::RunName, units::UnixMs};
 use sqlx::SqliteConnection;
 
 use super::{
-    Store, StoreError, commit, events, rounds,
-    rounds::{CheckpointRow, ContributionRow, EvaluationRow, RoundCommit},
+    Store, StoreError, commit, contributions,
+    contributions::ContributionRow,
+    events, rounds,
+    rounds::{CheckpointRow, EvaluationRow, RoundCommit},
     values::count,
 };
 
@@ -80,7 +82,7 @@ async fn save_record(
             let sql = "UPDATE runs SET finished_ms = COALESCE(finished_ms, $2) WHERE name = $1";
             set_time(connection, run, sql, *time_ms).await
         }
-        Record::Contribution(row) => rounds::insert_contribution(connection, run, row).await,
+        Record::Contribution(row) => contributions::insert_contribution(connection, run, row).await,
         Record::Round(commit) => rounds::commit_round(connection, run, commit).await,
         Record::Evaluation(row) => rounds::upsert_evaluation(connection, run, row).await,
         Record::Checkpoint(row) => rounds::upsert_checkpoint(connection, run, row).await,

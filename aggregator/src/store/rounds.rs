@@ -1,4 +1,4 @@
-//! Rounds and what belongs to them: contributions, evaluations, checkpoints.
+//! Rounds and the versions that they make: their evaluations, their checkpoints.
 
 use std::path::PathBuf;
 
@@ -9,7 +9,7 @@ use consort_common::{
 use sqlx::{SqliteConnection, sqlite::SqliteRow};
 
 use super::{
-    Store, StoreError,
+    Store, StoreError, contributions,
     values::{Columns, count, finite},
 };
 
@@ -51,35 +51,6 @@ pub struct RoundCommit {
     pub row: RoundRow,
     /// Share of the average of every delta that was averaged; each was recorded before.
     pub weights: Vec<(SiteName, f64)>,
-}
-
-/// An accepted delta.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ContributionRow {
-    /// Whose.
-    pub site: SiteName,
-    /// For which run. The run of the call that records it.
-    pub run: RunName,
-    /// For which round.
-    pub round: u32,
-    /// Share of the average, 0 to 1; none while the round is open or if it was not averaged.
-    pub weight: Option<f64>,
-    /// Tokens trained.
-    pub tokens: u64,
-    /// Local steps taken.
-    pub steps: u32,
-    /// Mean training loss, nats per token.
-    pub train_loss: f64,
-    /// Seconds of local training.
-    pub train_seconds: f64,
-    /// L2 norm before encoding.
-    pub delta_norm: f64,
-    /// Encoded payload, in bytes.
-    pub bytes: u64,
-    /// Digest over its chunk digests.
-    pub delta_digest: Digest,
-    /// When it was accepted.
-    pub accepted_ms: UnixMs,
 }
 
 /// Held-out loss of a version at a site.
@@ -147,34 +118,6 @@ impl Store {
         row.as_ref().map(round_row).transpose()
     }
 
-    /// The deltas accepted for a round, by site.
-    pub async fn contributions(&self, run: &RunName, round: u32) -> Result<Vec<ContributionRow>, StoreError> {
-        let rows = sqlx::query("SELECT * FROM contributions WHERE run = $1 AND round = $2 ORDER BY site")
-            .bind(run.as_str())
-            .bind(i64::from(round))
-            .fetch_all(&self.readers)
-            .await
-            .map_err(StoreError::of("list a round's contributions"))?;
-        rows.iter().map(contribution_row).collect()
-    }
-
-    /// A site's newest contributions over all runs, newest first.
-    pub async fn client_contributions(
-        &self,
-        site: &SiteName,
-        limit: u32,
-    ) -> Result<Vec<ContributionRow>, StoreError> {
-        let rows = sqlx::query(
-            "SELECT * FROM contributions WHERE site = $1 ORDER BY accepted_ms DESC, run, round DESC LIMIT $2",
-        )
-        .bind(site.as_str())
-        .bind(i64::from(limit))
-        .fetch_all(&self.readers)
-        .await
-        .map_err(StoreError::of("list a site's contributions"))?;
-        rows.iter().map(contribution_row).collect()
-    }
-
     /// The run's evaluations, by version and site.
     pub async fn evaluations(&self, run: &RunName) -> Result<Vec<EvaluationRow>, StoreError> {
         let rows = sqlx::query("SELECT * FROM evaluations WHERE run = $1 ORDER BY version, site")
@@ -216,7 +159,7 @@ pub(super) async fn commit_round(
     }
     insert_round(connection, run, row).await?;
     for (site, weight) in &commit.weights {
-        set_weight(connection, run, row.round, site, *weight).await?;
+        contributions::set_weight(connection, run, row.round, site, *weight).await?;
     }
     Ok(())
 }
@@ -247,61 +190,6 @@ async fn insert_round(
     .execute(connection)
     .await
     .map_err(StoreError::of("commit a round"))?;
-    Ok(())
-}
-
-async fn set_weight(
-    connection: &mut SqliteConnection,
-    run: &RunName,
-    round: u32,
-    site: &SiteName,
-    weight: f64,
-) -> Result<(), StoreError> {
-    let updated =
-        sqlx::query("UPDATE contributions SET weight = $4 WHERE run = $1 AND round = $2 AND site = $3")
-            .bind(run.as_str())
-            .bind(i64::from(round))
-            .bind(site.as_str())
-            .bind(finite("contributions.weight", weight)?)
-            .execute(connection)
-            .await
-            .map_err(StoreError::of("commit a round"))?;
-    if updated.rows_affected() == 1 {
-        Ok(())
-    } else {
-        Err(StoreError::NoContribution { run: run.clone(), round, site: site.clone() })
-    }
-}
-
-/// Records a delta, in place of one that the site delivered for the same round before.
-pub(super) async fn insert_contribution(
-    connection: &mut SqliteConnection,
-    run: &RunName,
-    row: &ContributionRow,
-) -> Result<(), StoreError> {
-    sqlx::query(
-        "INSERT INTO contributions (run, round, site, weight, tokens, steps, train_loss, train_seconds, delta_norm, \
-         bytes, delta_digest, accepted_ms) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) \
-         ON CONFLICT (run, round, site) DO UPDATE SET weight = excluded.weight, tokens = excluded.tokens, \
-         steps = excluded.steps, train_loss = excluded.train_loss, train_seconds = excluded.train_seconds, \
-         delta_norm = excluded.delta_norm, bytes = excluded.bytes, delta_digest = excluded.delta_digest, \
-         accepted_ms = excluded.accepted_ms",
-    )
-    .bind(run.as_str())
-    .bind(i64::from(row.round))
-    .bind(row.site.as_str())
-    .bind(row.weight.map(|weight| finite("contributions.weight", weight)).transpose()?)
-    .bind(count("contributions.tokens", row.tokens)?)
-    .bind(i64::from(row.steps))
-    .bind(finite("contributions.train_loss", row.train_loss)?)
-    .bind(finite("contributions.train_seconds", row.train_seconds)?)
-    .bind(finite("contributions.delta_norm", row.delta_norm)?)
-    .bind(count("contributions.bytes", row.bytes)?)
-    .bind(row.delta_digest.to_string())
-    .bind(count("contributions.accepted_ms", row.accepted_ms)?)
-    .execute(connection)
-    .await
-    .map_err(StoreError::of("record a contribution"))?;
     Ok(())
 }
 
@@ -383,24 +271,6 @@ fn round_row(row: &SqliteRow) -> Result<RoundRow, StoreError> {
         bytes_up: row.count("bytes_up")?,
         digest: row.parsed("digest")?,
         contributors: row.count("contributors")?,
-    })
-}
-
-fn contribution_row(row: &SqliteRow) -> Result<ContributionRow, StoreError> {
-    let row = Columns(row);
-    Ok(ContributionRow {
-        site: row.parsed("site")?,
-        run: row.parsed("run")?,
-        round: row.count("round")?,
-        weight: row.optional_float("weight")?,
-        tokens: row.count("tokens")?,
-        steps: row.count("steps")?,
-        train_loss: row.float("train_loss")?,
-        train_seconds: row.float("train_seconds")?,
-        delta_norm: row.float("delta_norm")?,
-        bytes: row.count("bytes")?,
-        delta_digest: row.parsed("delta_digest")?,
-        accepted_ms: row.count("accepted_ms")?,
     })
 }
 

@@ -1,0 +1,164 @@
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+use super::{files::DIGEST_BYTES, *};
+
+fn run() -> RunName {
+    "pilot".parse().unwrap()
+}
+
+fn models() -> (TempDir, ModelFiles) {
+    let folder = tempfile::tempdir().unwrap();
+    let models = ModelFiles::new(folder.path().join("models"));
+    (folder, models)
+}
+
+fn ramp(length: u16) -> Vec<f32> {
+    (0..length).map(|value| f32::from(value) - 3.5).collect()
+}
+
+fn bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+fn files_of(models: &ModelFiles) -> Vec<String> {
+    let mut names: Vec<_> = fs::read_dir(models.root.join("pilot"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+proptest! {
+    #[test]
+    fn a_model_has_one_digest_however_it_is_cut(length in 0u16..3000, chunk in 1u32..1200, momentum: bool) {
+        let (_folder, models) = models();
+        let (plan, values) = (ChunkPlan::new(length.into(), chunk), ramp(length));
+        let version = models.create_initial(&run(), plan, &values, momentum).unwrap();
+        prop_assert_eq!(version.digest(), Digest::of(&bytes(&values)));
+        prop_assert_eq!(version.has_momentum(), momentum);
+
+        let version = models.open(&run(), 0, plan).unwrap();
+        let mut read = Vec::new();
+        for index in 0..plan.chunks() {
+            let (payload, digest) = version.chunk(index).unwrap();
+            prop_assert_eq!(Digest::of(&payload), digest);
+            read.extend(payload);
+        }
+        prop_assert_eq!(&read, &bytes(&values));
+        prop_assert_eq!(fs::read(version.parameters_path()).unwrap(), read);
+        prop_assert!(version.chunk(plan.chunks()).is_err());
+    }
+}
+
+#[test]
+fn initial_momentum_is_zero() {
+    let (_folder, models) = models();
+    let version = models.create_initial(&run(), ChunkPlan::new(10, 4), &ramp(10), true).unwrap();
+    let mut values = [1.0; 2];
+    version.read_momentum(2, &mut Vec::new(), &mut values).unwrap();
+    assert_eq!(values, [0.0; 2]);
+}
+
+#[test]
+fn an_orphan_is_replaced_and_an_unfinished_version_leaves_nothing() {
+    let (_folder, models) = models();
+    let plan = ChunkPlan::new(10, 4);
+    models.create_initial(&run(), plan, &ramp(10), false).unwrap();
+    models.create_initial(&run(), plan, &[7.0; 10], false).unwrap();
+    assert_eq!(models.open(&run(), 0, plan).unwrap().chunk(0).unwrap().0, bytes(&[7.0; 4]));
+
+    // As if killed while writing, then tried again, then given up.
+    std::mem::forget(models.begin(&run(), 1, plan, false).unwrap());
+    assert_eq!(files_of(&models), [".1.partial", "0"]);
+    drop(models.begin(&run(), 1, plan, false).unwrap());
+    assert_eq!(files_of(&models), ["0"]);
+    assert!(matches!(models.open(&run(), 1, plan), Err(ModelError::Missing { version: 1, .. })));
+}
+
+fn write_version(models: &ModelFiles, version: u32, plan: ChunkPlan) -> ModelVersion {
+    let new = models.begin(&run(), version, plan, false).unwrap();
+    // Out of order, as several threads write.
+    let mut digests: Vec<_> = (0..plan.chunks())
+        .rev()
+        .map(|index| new.write(index, &vec![0.5; plan.length(index).unwrap()], None).unwrap())
+        .collect();
+    digests.reverse();
+    new.finish(&digests).unwrap()
+}
+
+#[test]
+fn retention_keeps_what_is_named_and_what_is_newer() {
+    let (_folder, models) = models();
+    for version in [0, 1, 2, 3, 11] {
+        write_version(&models, version, ChunkPlan::new(10, 4));
+    }
+    models.retain(&run(), &[1, 3]).unwrap();
+    assert_eq!(models.versions(&run()).unwrap(), [1, 3, 11]);
+    models.retain(&run(), &[]).unwrap();
+    assert_eq!(models.versions(&run()).unwrap(), [1, 3, 11]);
+    assert!(models.versions(&"other".parse().unwrap()).unwrap().is_empty());
+}
+
+#[test]
+fn a_version_of_another_size_is_refused() {
+    let (_folder, models) = models();
+    write_version(&models, 1, ChunkPlan::new(10, 4));
+    let error = models.open(&run(), 1, ChunkPlan::new(11, 4)).unwrap_err();
+    assert!(matches!(error, ModelError::Corrupt { version: 1, .. }), "{error}");
+}
+
+#[test]
+fn an_open_version_stays_readable_when_it_is_retired() {
+    let (_folder, models) = models();
+    let plan = ChunkPlan::new(10, 4);
+    let old = models.create_initial(&run(), plan, &ramp(10), false).unwrap();
+    write_version(&models, 1, plan);
+    models.retain(&run(), &[1]).unwrap();
+    assert_eq!(models.versions(&run()).unwrap(), [1]);
+    assert_eq!(old.chunk(2).unwrap().0, bytes(&ramp(10)[8..]));
+}
+
+/// Damages one file of a version with momentum; reading every chunk must say which file is damaged.
+fn check_damage(name: &str, damage: impl FnOnce(&mut Vec<u8>)) {
+    let (_folder, models) = models();
+    let plan = ChunkPlan::new(10, 4);
+    models.create_initial(&run(), plan, &ramp(10), true).unwrap();
+    let path = models.directory(&run(), 0).join(name);
+    let mut content = fs::read(&path).unwrap();
+    damage(&mut content);
+    fs::write(&path, content).unwrap();
+    let read_all = || -> Result<(), ModelError> {
+        let version = models.open(&run(), 0, plan)?;
+        for index in 0..plan.chunks() {
+            let mut values = vec![0.0; plan.length(index)?];
+            version.read_parameters(index, &mut Vec::new(), &mut values)?;
+            version.read_momentum(index, &mut Vec::new(), &mut values)?;
+        }
+        Ok(())
+    };
+    let error = read_all().unwrap_err();
+    assert!(matches!(error, ModelError::Corrupt { version: 0, .. }), "{error}");
+}
+
+#[test]
+fn damage_to_any_file_is_found() {
+    for name in [PARAMETERS_FILE, MOMENTUM_FILE] {
+        check_damage(name, |content| content[20] ^= 1);
+        check_damage(name, |content| content.truncate(39));
+        check_damage(name, |content| content.push(0));
+    }
+    check_damage(DIGESTS_FILE, |content| content[DIGEST_BYTES + 5] ^= 1);
+    check_damage(DIGESTS_FILE, |content| content.truncate(DIGEST_BYTES * 4));
+    check_damage(DIGESTS_FILE, Vec::clear);
+}
+
+#[test]
+fn a_version_that_does_not_fit_the_disk_is_refused_before_it_is_written() {
+    let (_folder, models) = models();
+    // 2^60 bytes: more than any disk here.
+    let error = models.begin(&run(), 0, ChunkPlan::new(1 << 58, u32::MAX), true).unwrap_err();
+    assert!(matches!(error, ModelError::Full { needed_bytes, .. } if needed_bytes == 1 << 61), "{error}");
+    assert!(files_of(&models).is_empty());
+}
