@@ -1,0 +1,195 @@
+//! Tests of reading: formats, bounds, damage.
+
+use std::{fs, io::Write};
+
+use proptest::prelude::*;
+
+use super::{super::source, *};
+
+/// Everything that is read of one file: documents, and faults as "line: reason".
+struct Found {
+    documents: Vec<String>,
+    faults: Vec<String>,
+}
+
+fn read_bounded(name: &str, bytes: &[u8], piece_bytes_max: usize) -> Found {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join(name), bytes).unwrap();
+    let listing = source::list(folder.path()).unwrap();
+    let mut reader = Reader::new(&listing.files);
+    reader.piece_bytes_max = piece_bytes_max;
+    let mut found = Found { documents: Vec::new(), faults: Vec::new() };
+    for piece in reader.by_ref() {
+        assert!(piece.bytes() <= piece_bytes_max + 1 || matches!(piece.content, Content::Fault(_)));
+        match parse(piece.content) {
+            Ok(Parsed { text, documents }) => {
+                found.documents.extend(documents.into_iter().map(|document| text[document.range].to_owned()));
+            }
+            Err(reason) => found.faults.push(format!("{}: {reason}", piece.line.unwrap_or_default())),
+        }
+    }
+    assert_eq!(reader.bytes_read(), bytes.len() as u64);
+    found
+}
+
+fn check(name: &str, bytes: &[u8], documents: &[&str], faults: &[&str]) {
+    let found = read_bounded(name, bytes, 64);
+    assert_eq!(found.documents, documents, "{name}");
+    assert_eq!(found.faults.len(), faults.len(), "{:?}", found.faults);
+    for (found, expected) in found.faults.iter().zip(faults) {
+        assert!(found.contains(expected), "{found:?} has no {expected:?}");
+    }
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+const LINES: &[u8] = b"{\"text\": \"one\"}\n{\"id\": 7, \"text\": \"tw\\u00f6\\n\"}\n\n{\"text\": \"\"}\r\n{\"text\": \"last\"}";
+
+#[test]
+fn every_format_gives_its_documents() {
+    let lines = ["one", "twö\n", "last"];
+    check("a.jsonl", LINES, &lines, &[]);
+    check("a.jsonl.gz", &gzip(LINES), &lines, &[]);
+    check("a.jsonl.zst", &zstd::encode_all(LINES, 1).unwrap(), &lines, &[]);
+    check("a.txt", "Grüße\n".as_bytes(), &["Grüße\n"], &[]);
+    check("a.txt.gz", &gzip(b"text"), &["text"], &[]);
+    check("a.txt.zst", &zstd::encode_all(&b"text"[..], 1).unwrap(), &["text"], &[]);
+    check("a.txt", b"", &[], &[]);
+}
+
+#[test]
+fn members_and_frames_in_a_row_are_all_read() {
+    check("a.txt.gz", &[gzip(b"one "), gzip(b"two")].concat(), &["one two"], &[]);
+    let frame = |text: &[u8]| zstd::encode_all(text, 1).unwrap();
+    check("a.txt.zst", &[frame(b"one "), frame(b"two")].concat(), &["one two"], &[]);
+}
+
+#[test]
+fn a_byte_order_mark_is_not_text() {
+    check("a.txt", b"\xEF\xBB\xBFtext", &["text"], &[]);
+    check("a.jsonl", b"\xEF\xBB\xBF{\"text\": \"one\"}", &["one"], &[]);
+}
+
+#[test]
+fn what_is_not_text_is_skipped_with_its_reason() {
+    check("a.txt", b"PDF\0\x01", &[], &["0: not text: a NUL at byte 3"]);
+    check("a.txt", b"caf\xE9 ol\xE9", &[], &["0: not UTF-8 at byte 3"]);
+    check("a.txt.gz", b"not gzip at all", &[], &["0: cannot be read on"]);
+    check("a.txt.zst", b"not zstd at all", &[], &["0: cannot be read on"]);
+}
+
+#[test]
+fn bad_lines_are_skipped_and_the_others_kept() {
+    let lines = b"{\"text\": \"one\"}\n{\"text\": 5}\n{\"words\": 1}\n[\n\"secret\"\n{\"text\": \"\xFF\"}\n{\"text\": \"two\"}\n";
+    check(
+        "a.jsonl",
+        lines,
+        &["one", "two"],
+        &[
+            "2: not an object with",
+            "3: not an object with",
+            "4: not JSON",
+            "5: not an object with",
+            "6: not JSON",
+        ],
+    );
+    assert!(read_bounded("a.jsonl", lines, 64).faults.iter().all(|fault| !fault.contains("secret")));
+}
+
+#[test]
+fn a_truncated_archive_gives_its_whole_lines_only() {
+    let many: String =
+        (0..5_000).map(|line| format!("{{\"text\": \"line {line} {}\"}}\n", line * 7919 % 1000)).collect();
+    let archives = [
+        ("a.jsonl.gz", gzip(many.as_bytes())),
+        ("a.jsonl.zst", zstd::encode_all(many.as_bytes(), 1).unwrap()),
+    ];
+    for (name, archive) in archives {
+        let found = read_bounded(name, &archive, 64);
+        assert_eq!((found.documents.len(), found.faults.len()), (5_000, 0), "{name}");
+        let found = read_bounded(name, &archive[..archive.len() - 500], 64);
+        assert!(found.documents.len() < 5_000, "{name}");
+        assert!(found.documents.iter().all(|document| document.starts_with("line ")));
+        assert_eq!(found.faults.len(), 1, "{:?}", found.faults);
+        assert!(found.faults[0].contains("cannot be read on"), "{:?}", found.faults);
+    }
+    check("a.txt.gz", &gzip(b"text")[..12], &[], &["0: cannot be read on"]);
+}
+
+#[test]
+fn a_line_that_is_too_long_is_skipped_without_being_held() {
+    let line = |length: usize| format!("{{\"text\": \"{}\"}}", "x".repeat(length - 12));
+    let lines = [line(64), line(65), line(1_000_000), line(20)].join("\n");
+    check(
+        "a.jsonl",
+        lines.as_bytes(),
+        &[&"x".repeat(52), &"x".repeat(8)],
+        &["2: the line is longer than 64 bytes", "3: the line is longer than 64 bytes"],
+    );
+    // The last line of a file, just as long.
+    check("a.jsonl", line(64).as_bytes(), &[&"x".repeat(52)], &[]);
+    check("a.jsonl", line(65).as_bytes(), &[], &["1: the line is longer"]);
+}
+
+#[test]
+fn a_long_text_is_read_in_pieces() {
+    let text: String =
+        (0..200).map(|line| format!("Zeile {line} – ü\n{}", if line % 3 == 0 { "\n" } else { "" })).collect();
+    let found = read_bounded("a.txt", text.as_bytes(), 64);
+    assert!(found.documents.len() > 40);
+    assert_eq!(found.documents.concat(), text);
+    assert!(found.documents[..found.documents.len() - 1].iter().all(|piece| piece.ends_with("\n\n")));
+}
+
+#[test]
+fn a_text_file_becomes_documents_of_bounded_length() {
+    let paragraph = format!("{}\n\n", "word ".repeat(100));
+    let text = paragraph.repeat(100);
+    let found = read_bounded("a.txt", text.as_bytes(), PIECE_BYTES_MAX);
+    assert_eq!(
+        found.documents.len(),
+        text.len().div_ceil(TXT_DOCUMENT_BYTES_MAX / paragraph.len() * paragraph.len())
+    );
+    assert!(found.documents.iter().all(|document| document.ends_with("\n\n")));
+    assert_eq!(found.documents.concat(), text);
+}
+
+#[test]
+fn texts_are_cut_where_it_hurts_least() {
+    for (text, expected) in [
+        ("12345678", vec!["12345678"]),
+        ("aaaa\n\nb\nccc", vec!["aaaa\n\n", "b\nccc"]),
+        ("aaa\r\n\r\nbc de", vec!["aaa\r\n\r\n", "bc de"]),
+        ("aaaaa\nbbbbb", vec!["aaaaa\n", "bbbbb"]),
+        ("aaaa b ccccc", vec!["aaaa b ", "ccccc"]),
+        ("aaaaaaaaaa", vec!["aaaaaaaa", "aa"]),
+        ("aaaaaaaüb", vec!["aaaaaaa", "üb"]),
+        // Too early to end a part there.
+        ("\n\naaaaaaaaa", vec!["\n\naaaaaa", "aaa"]),
+        ("", vec![]),
+    ] {
+        assert_eq!(parts(text, 8).collect::<Vec<_>>(), expected, "{text:?}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn parts_make_the_text_and_are_bounded(text in "(.|\n|\r\n| |ü|😀){0,200}", bytes_max in 8usize..40) {
+        let found: Vec<&str> = parts(&text, bytes_max).collect();
+        prop_assert_eq!(found.concat(), text.as_str());
+        prop_assert!(found.iter().all(|part| !part.is_empty() && part.len() <= bytes_max));
+    }
+
+    #[test]
+    fn arbitrary_bytes_are_never_fatal(bytes in prop::collection::vec(any::<u8>(), 1..300), name in 0usize..6) {
+        let names = ["a.txt", "a.txt.gz", "a.txt.zst", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"];
+        // The archive's magic number, so that its decoder gets to work.
+        let magic = [vec![], gzip(&[])[..4].to_vec(), zstd::encode_all(&[][..], 1).unwrap()[..4].to_vec()];
+        let bytes = [magic[name % 3].clone(), bytes].concat();
+        read_bounded(names[name], &bytes, 64);
+    }
+}

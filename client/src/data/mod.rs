@@ -1,0 +1,28 @@
+//! A site's text: read, tokenised once into memory-mapped shards, and handed out as training sequences and
+//! held-out windows in an order that a seed determines and a cursor resumes.
+//!
+//! Nothing here knows of tensors or of the network, and no text leaves this module but as token ids: errors
+//! and reports name files, lines and columns, never content.
+
+mod cache;
+mod documents;
+mod error;
+mod held_out;
+mod prepare;
+mod sampler;
+mod shard;
+mod source;
+mod stats;
+mod tokenizer;
+
+pub use self::{
+    documents::{PIECE_BYTES_MAX, TXT_DOCUMENT_BYTES_MAX},
+    error::DataError,
+    held_out::HeldOut,
+    prepare::{Dataset, PrepareProgress, PrepareRequest, prepare},
+    sampler::{Cursor, Sampler},
+    shard::Shard,
+    source::{Survey, survey},
+    stats::{Skipped, SplitStats, Stats},
+    tokenizer::Tokenizer,
+};

@@ -1,0 +1,388 @@
+//! Tests of preparing as a whole: the split, the cache, determinism, cancellation.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
+    time::{Duration, SystemTime},
+};
+
+use super::*;
+
+struct Site {
+    folder: tempfile::TempDir,
+    held_out_fraction: f64,
+}
+
+impl Site {
+    fn new(held_out_fraction: f64) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("text")).unwrap();
+        Self { folder, held_out_fraction }
+    }
+
+    /// One with 300 lines in two files.
+    fn with_lines(held_out_fraction: f64) -> Self {
+        let site = Self::new(held_out_fraction);
+        site.write("a.jsonl", lines(0..200));
+        site.write("b.jsonl", lines(200..300));
+        site
+    }
+
+    fn write(&self, name: &str, content: impl AsRef<[u8]>) {
+        fs::write(self.folder.path().join("text").join(name), content).unwrap();
+    }
+
+    fn cache(&self) -> PathBuf {
+        self.folder.path().join("state/cache")
+    }
+
+    fn request(&self) -> PrepareRequest {
+        PrepareRequest {
+            source: self.folder.path().join("text"),
+            cache: self.cache(),
+            tokenizer: Tokenizer::byte(),
+            held_out_fraction: self.held_out_fraction,
+            vocabulary_size: 257,
+        }
+    }
+
+    fn prepare(&self) -> Result<Dataset, DataError> {
+        prepare(&self.request(), &|_| {}, &|| false)
+    }
+
+    /// Names in the cache's folder, without the lock.
+    fn cached(&self) -> Vec<String> {
+        let names = fs::read_dir(self.cache())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<String> = names.filter(|name| name != "lock").collect();
+        names.sort();
+        names
+    }
+
+    fn cached_file(&self, dataset: &Dataset, name: &str) -> PathBuf {
+        self.cache().join(dataset.key.to_string()).join(name)
+    }
+}
+
+fn lines(range: std::ops::Range<u32>) -> String {
+    range.map(|line| format!("{{\"text\": \"document {line}\"}}\n")).collect()
+}
+
+fn tokens(shard: &Shard) -> Vec<i64> {
+    let mut out = Vec::new();
+    shard.copy(0..shard.tokens(), &mut out).unwrap();
+    out
+}
+
+/// The documents of a shard of the byte tokenizer.
+fn texts(shard: &Shard) -> Vec<String> {
+    let tokens = tokens(shard);
+    let mut texts: Vec<String> = tokens
+        .split(|token| *token == 256)
+        .map(|ids| String::from_utf8(ids.iter().map(|id| u8::try_from(*id).unwrap()).collect()).unwrap())
+        .collect();
+    assert_eq!(texts.pop().as_deref(), Some(""), "a shard ends with the end-of-text token");
+    texts
+}
+
+#[test]
+fn shards_hold_every_document_once_in_order() {
+    let site = Site::with_lines(0.2);
+    let dataset = site.prepare().unwrap();
+    let (train, held_out) = (texts(&dataset.train), texts(&dataset.held_out));
+    assert!((30..90).contains(&held_out.len()), "{}", held_out.len());
+    let number = |text: &String| text.strip_prefix("document ").unwrap().parse::<u32>().unwrap();
+    let mut numbers: Vec<u32> = train.iter().map(number).collect();
+    assert!(numbers.is_sorted());
+    numbers.extend(held_out.iter().map(number));
+    numbers.sort_unstable();
+    assert_eq!(numbers, (0..300).collect::<Vec<_>>());
+    for (split, shard, texts) in [
+        (dataset.stats.train, &dataset.train, &train),
+        (dataset.stats.held_out, &dataset.held_out, &held_out),
+    ] {
+        let text_bytes = texts.iter().map(|text| text.len() as u64).sum::<u64>();
+        let documents = texts.len() as u64;
+        assert_eq!(split, SplitStats { documents, tokens: text_bytes + documents, text_bytes });
+        assert_eq!((shard.tokens(), shard.text_bytes()), (split.tokens, split.text_bytes));
+    }
+    assert_eq!((dataset.stats.files, dataset.stats.skipped, dataset.stats.documents()), (2, 0, 300));
+}
+
+#[test]
+fn held_out_documents_stay_held_out_whatever_else_is_there() {
+    let site = Site::with_lines(0.2);
+    let before = site.prepare().unwrap();
+    fs::rename(site.request().source.join("a.jsonl"), site.request().source.join("z.jsonl")).unwrap();
+    site.write("m.jsonl", lines(300..500));
+    let after = site.prepare().unwrap();
+    let held_out = texts(&after.held_out);
+    assert!(texts(&before.held_out).iter().all(|text| held_out.contains(text)));
+    assert!(texts(&before.train).iter().all(|text| !held_out.contains(text)));
+}
+
+#[test]
+fn a_few_large_text_files_are_held_out_in_proportion() {
+    let site = Site::new(0.1);
+    for file in 0..3 {
+        let text: String = (0..60_000)
+            .map(|line| format!("line {line} of {file}\n{}", if line % 5 == 0 { "\n" } else { "" }))
+            .collect();
+        site.write(&format!("{file}.txt"), text);
+    }
+    let stats = site.prepare().unwrap().stats;
+    let share =
+        stats.held_out.text_bytes as f64 / (stats.held_out.text_bytes + stats.train.text_bytes) as f64;
+    assert!((0.05..0.15).contains(&share), "{share} of {} documents", stats.documents());
+}
+
+#[test]
+fn a_small_source_still_holds_out_a_document() {
+    let site = Site::new(1e-9);
+    site.write("a.jsonl", lines(0..3));
+    let dataset = site.prepare().unwrap();
+    let held_out = texts(&dataset.held_out);
+    assert_eq!((dataset.stats.train.documents, held_out.len()), (2, 1));
+    assert_eq!(dataset.stats.documents(), 3);
+    let digest =
+        |text: &str| u64::from_le_bytes(blake3::hash(text.as_bytes()).as_bytes()[..8].try_into().unwrap());
+    assert!(texts(&dataset.train).iter().all(|text| digest(text) > digest(&held_out[0])));
+}
+
+#[test]
+fn nothing_is_held_out_where_nothing_is_asked() {
+    let site = Site::new(0.0);
+    site.write("a.txt", "text");
+    let dataset = site.prepare().unwrap();
+    assert_eq!((texts(&dataset.train), dataset.held_out.tokens()), (vec!["text".to_owned()], 0));
+}
+
+#[test]
+fn sources_without_enough_text_are_errors_that_say_what_to_do() {
+    let check = |fraction: f64, files: &[(&str, &[u8])], parts: &[&str]| {
+        let site = Site::new(fraction);
+        for (name, content) in files {
+            site.write(name, content);
+        }
+        let error = site.prepare().unwrap_err().to_string();
+        for part in parts {
+            assert!(error.contains(part), "{error:?} has no {part:?}");
+        }
+        assert!(!site.cache().exists() || site.cached().is_empty());
+    };
+    check(0.1, &[], &["no text in", "put text there"]);
+    check(0.1, &[("a.pdf", b"x")], &["found 1 other files"]);
+    check(0.1, &[("a.txt", b"")], &["1 files", "empty or blank"]);
+    check(0.1, &[("a.txt", b" \n"), ("b.txt", b"\0")], &["the first of 1 faults: b.txt: not text"]);
+    check(
+        0.1,
+        &[("a.txt", b"one")],
+        &["of 1 documents 1 remain for training and 0 are held out", "provide more text"],
+    );
+    check(1.0, &[("a.txt", b"one")], &["held_out_fraction is 1"]);
+    check(f64::NAN, &[("a.txt", b"one")], &["held_out_fraction is NaN"]);
+}
+
+#[test]
+fn faults_duplicates_and_blanks_are_counted_and_the_rest_is_used() {
+    let site = Site::new(0.2);
+    site.write("a.jsonl", lines(0..20) + "\n{\"text\": \"  \\n\"}\n" + &"not json\n".repeat(150));
+    site.write("b.jsonl", lines(10..30));
+    site.write("c.txt", b"binary\0");
+    let stats = site.prepare().unwrap().stats;
+    assert_eq!((stats.documents(), stats.duplicates, stats.blank), (30, 10, 1));
+    assert_eq!((stats.skipped, stats.skipped_listed.len()), (151, 100));
+    assert_eq!(stats.skipped_listed[0].to_string(), "a.jsonl, line 23: not JSON (column 2)");
+    assert_eq!(stats.skipped_listed[99].line, Some(122));
+}
+
+#[test]
+fn a_tokenizer_larger_than_the_model_is_refused_before_anything_is_read() {
+    let site = Site::with_lines(0.2);
+    let request = PrepareRequest { vocabulary_size: 256, ..site.request() };
+    let error = prepare(&request, &|_| {}, &|| false).unwrap_err();
+    assert!(matches!(error, DataError::Vocabulary { tokenizer: 257, model: 256 }), "{error}");
+}
+
+#[test]
+fn large_vocabularies_are_stored_wider() {
+    let site = Site::with_lines(0.2);
+    let narrow = site.prepare().unwrap();
+    let wide =
+        prepare(&PrepareRequest { vocabulary_size: 70_000, ..site.request() }, &|_| {}, &|| false).unwrap();
+    assert_ne!(narrow.key, wide.key);
+    assert_eq!(tokens(&narrow.train), tokens(&wide.train));
+    assert_eq!(tokens(&narrow.held_out), tokens(&wide.held_out));
+}
+
+#[test]
+fn shards_are_the_same_bytes_whatever_the_number_of_threads() {
+    let site = Site::with_lines(0.2);
+    // Several batches, with faults and duplicates among them.
+    let text: String =
+        (0..900_000).map(|line| format!("a line with the number {}\n", line % 700_000)).collect();
+    site.write("long.txt", &text);
+    site.write("longer.txt", text + "\n and more \u{1F600}");
+    site.write("c.jsonl", "bad\n".to_owned() + &lines(100..400));
+    let files_with = |threads: usize| {
+        let cache = site.folder.path().join(format!("cache-{threads}"));
+        let request = PrepareRequest { cache, ..site.request() };
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let dataset = pool.install(|| prepare(&request, &|_| {}, &|| false)).unwrap();
+        let folder = request.cache.join(dataset.key.to_string());
+        let files = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+        files
+            .map(|path| (path.file_name().unwrap().to_owned(), fs::read(&path).unwrap()))
+            .collect::<BTreeMap<_, _>>()
+    };
+    let expected = files_with(1);
+    assert_eq!(expected.len(), 3);
+    for threads in [2, 5] {
+        assert!(files_with(threads) == expected, "{threads} threads");
+    }
+}
+
+#[test]
+fn a_second_start_finds_the_shards() {
+    let site = Site::with_lines(0.2);
+    let first = site.prepare().unwrap();
+    let modified =
+        |dataset| site.cached_file(dataset, "train.tokens").metadata().unwrap().modified().unwrap();
+    let written = modified(&first);
+    let second =
+        prepare(&site.request(), &|progress| panic!("tokenises again: {progress:?}"), &|| false).unwrap();
+    assert_eq!((first.key, written), (second.key, modified(&second)));
+    assert_eq!(first.stats, second.stats);
+    assert_eq!(tokens(&first.train), tokens(&second.train));
+}
+
+#[test]
+fn a_change_of_the_source_or_the_request_is_noticed() {
+    let site = Site::with_lines(0.2);
+    let key = |request: &PrepareRequest| key(request, &source::list(&request.source).unwrap());
+    let request = site.request();
+    let mut keys = vec![key(&request), key(&PrepareRequest { held_out_fraction: 0.3, ..request.clone() })];
+    site.write("b.jsonl", lines(0..1));
+    keys.push(key(&request));
+    let file = fs::File::options().write(true).open(request.source.join("b.jsonl")).unwrap();
+    file.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(1)).unwrap();
+    keys.push(key(&request));
+    fs::rename(request.source.join("b.jsonl"), request.source.join("c.jsonl")).unwrap();
+    keys.push(key(&request));
+    assert_eq!(keys.iter().collect::<HashSet<_>>().len(), keys.len());
+}
+
+#[test]
+fn damaged_shards_are_made_anew() {
+    let site = Site::with_lines(0.2);
+    let dataset = site.prepare().unwrap();
+    let expected = tokens(&dataset.train);
+    let check = |name: &str, damage: &dyn Fn(&Path)| {
+        // Under a new name: what is mapped must not change.
+        let path = site.cached_file(&dataset, name);
+        let content = fs::read(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, content).unwrap();
+        damage(&path);
+        assert_eq!(tokens(&site.prepare().unwrap().train), expected, "{name}");
+        assert_eq!(site.cached().len(), 1);
+    };
+    check("train.tokens", &|path| fs::File::options().write(true).open(path).unwrap().set_len(100).unwrap());
+    check("held_out.tokens", &|path| fs::write(path, b"").unwrap());
+    check("stats.json", &|path| fs::write(path, b"{").unwrap());
+    check("train.tokens", &|path| fs::remove_file(path).unwrap());
+}
+
+#[test]
+fn cancelling_leaves_nothing() {
+    let site = Site::with_lines(0.2);
+    let asked = AtomicUsize::new(0);
+    let total = prepare(&site.request(), &|_| {}, &|| {
+        asked.fetch_add(1, Ordering::Relaxed);
+        false
+    });
+    drop(total.unwrap());
+    fs::remove_dir_all(site.cache()).unwrap();
+    let total = asked.load(Ordering::Relaxed);
+    assert!(total >= 300, "{total}");
+    for stop in [0, 1, 150, total - 1] {
+        let asked = AtomicUsize::new(0);
+        let result = prepare(&site.request(), &|_| {}, &|| asked.fetch_add(1, Ordering::Relaxed) == stop);
+        assert!(matches!(result, Err(DataError::Cancelled)), "{stop}");
+        assert!(site.cached().is_empty(), "{stop}: {:?}", site.cached());
+    }
+}
+
+#[test]
+fn what_a_killed_process_left_is_removed() {
+    let site = Site::with_lines(0.2);
+    let leftover = site.cache().join("preparing");
+    fs::create_dir_all(&leftover).unwrap();
+    fs::write(leftover.join("train.tokens"), b"half").unwrap();
+    let dataset = site.prepare().unwrap();
+    assert_eq!(site.cached(), [dataset.key.to_string()]);
+}
+
+#[test]
+fn the_keys_used_last_are_kept() {
+    let site = Site::with_lines(0.2);
+    let with = |fraction: f64| {
+        prepare(&PrepareRequest { held_out_fraction: fraction, ..site.request() }, &|_| {}, &|| false)
+            .unwrap()
+    };
+    let age = |dataset: &Dataset, hours: u64| {
+        let folder = fs::File::open(site.cache().join(dataset.key.to_string())).unwrap();
+        folder.set_modified(SystemTime::now() - Duration::from_secs(3_600 * hours)).unwrap();
+    };
+    let datasets = [0.1, 0.2, 0.3, 0.4].map(with);
+    for (dataset, hours) in datasets.iter().zip([9, 8, 7, 6]) {
+        age(dataset, hours);
+    }
+    with(0.1); // used again, no longer the oldest
+    let newest = with(0.5);
+    let mut expected: Vec<String> = [0, 2, 3]
+        .map(|index: usize| datasets[index].key.to_string())
+        .into_iter()
+        .chain([newest.key.to_string()])
+        .collect();
+    expected.sort();
+    assert_eq!(site.cached(), expected);
+    // What was removed is still mapped.
+    assert!(!tokens(&datasets[1].train).is_empty());
+}
+
+#[test]
+fn two_processes_cannot_prepare_in_one_cache() {
+    let site = Site::with_lines(0.2);
+    let other = Cache::open(&site.cache()).unwrap();
+    let error = site.prepare().unwrap_err();
+    assert!(matches!(error, DataError::Busy { .. }), "{error}");
+    drop(other);
+    assert!(site.prepare().is_ok());
+}
+
+#[test]
+fn progress_grows_to_the_end() {
+    let site = Site::with_lines(0.2);
+    let text: String = (0..2_000_000).map(|line| format!("the line {line}\n")).collect();
+    site.write("long.txt", text);
+    let last = AtomicU64::new(0);
+    let reports = AtomicUsize::new(0);
+    let ended = AtomicUsize::new(0);
+    let dataset = prepare(
+        &site.request(),
+        &|progress| {
+            assert!(progress.bytes_read <= progress.bytes_total);
+            assert!(last.swap(progress.tokens, Ordering::Relaxed) < progress.tokens);
+            reports.fetch_add(1, Ordering::Relaxed);
+            ended.store(usize::from(progress.bytes_read == progress.bytes_total), Ordering::Relaxed);
+        },
+        &|| false,
+    )
+    .unwrap();
+    assert_eq!(last.into_inner(), dataset.stats.tokens());
+    assert!(reports.into_inner() >= 1);
+    assert_eq!(ended.into_inner(), 1);
+}
