@@ -130,7 +130,9 @@ impl Config {
                 problems: errors.into_iter().map(|error| format!("\n  {error}")).collect(),
             })?;
         config.check().map_err(|problems| ConfigError::Invalid { path: path.to_owned(), problems })?;
-        let folder = path.parent().unwrap_or(Path::new("."));
+        // Absolute, since the database remembers where checkpoints are.
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        let folder = path.parent().unwrap_or(Path::new("/"));
         config.state_directory = folder.join(&config.state_directory);
         config.tls = config.tls.relative_to(folder);
         Ok(config)

@@ -61,6 +61,10 @@ use crate::{
 /// Longest sleep of the timer task, so that a change of the machine's clock is noticed.
 const TIMER_MAX: Duration = Duration::from_secs(60);
 
+/// How often, and with what pause, the state directory's lock is tried.
+const LOCK_ATTEMPTS_MAX: u32 = 50;
+const LOCK_PAUSE: Duration = Duration::from_millis(100);
+
 /// What a site measured.
 pub type Evaluated = engine::Evaluation;
 
@@ -153,7 +157,7 @@ impl Driver {
         stopping: CancellationToken,
     ) -> Result<Arc<Self>, DriverError> {
         let directory = &config.state_directory;
-        let lock = lock_directory(directory)?;
+        let lock = lock_directory(directory).await?;
         let store = Store::open(&directory.join("consort.db")).await?;
         let driver = Arc::new(Self {
             core: Mutex::default(),
@@ -893,15 +897,19 @@ fn tokenizer_json(spec: &TokenizerSpec, given: Vec<u8>) -> Result<Vec<u8>, Drive
     }
 }
 
-/// Keeps a second aggregator out of the state directory; the lock goes with the process.
-fn lock_directory(directory: &std::path::Path) -> Result<std::fs::File, DriverError> {
+/// Keeps a second aggregator out of the state directory; the lock goes with the process. One that was
+/// killed a moment ago may still be on its way out.
+async fn lock_directory(directory: &std::path::Path) -> Result<std::fs::File, DriverError> {
     let path = directory.join("lock");
     let file = std::fs::File::create(&path).map_err(|source| write_error(&path, source))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => Err(DriverError::DirectoryInUse(directory.to_owned())),
-        Err(std::fs::TryLockError::Error(source)) => Err(write_error(&path, source)),
+    for _ in 0..LOCK_ATTEMPTS_MAX {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(std::fs::TryLockError::WouldBlock) => tokio::time::sleep(LOCK_PAUSE).await,
+            Err(std::fs::TryLockError::Error(source)) => return Err(write_error(&path, source)),
+        }
     }
+    Err(DriverError::DirectoryInUse(directory.to_owned()))
 }
 
 fn write_error(path: &std::path::Path, source: std::io::Error) -> DriverError {
