@@ -20,7 +20,7 @@ use crate::{
     check::{self, Line, Outcome},
     config::{self, Config},
     daemon,
-    trainer::{Device, DeviceChoice, DeviceError, set_threads},
+    trainer::{Device, DeviceChoice, DeviceError, set_threads, wait_passively},
 };
 
 /// Exit code for what cannot even begin: arguments or a configuration that make no sense.
@@ -70,6 +70,16 @@ enum Command {
     Version,
 }
 
+impl Command {
+    /// Whether it keeps the cores busy.
+    fn computes(&self) -> bool {
+        matches!(
+            self,
+            Self::Run(_) | Self::Train(_) | Self::Evaluate(_) | Self::Generate(_) | Self::Logits(_)
+        )
+    }
+}
+
 #[derive(Debug, Args)]
 struct ConfigPath {
     /// Configuration file, as `consort pki issue site NAME` writes it
@@ -99,6 +109,9 @@ impl DeviceArguments {
 /// Does what the command line asks for.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if arguments.command.computes() {
+        wait_passively();
+    }
     let log_format = arguments.log_format;
     match arguments.command {
         Command::Run(path) => with_config(&path, log_format, |config| run(&config)),
