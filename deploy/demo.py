@@ -47,7 +47,7 @@ for name, other in [("the best model that one site trained alone", best), ("each
     else:
         print(f"The federated model does NOT beat {name}: {federated:.2f} against {other:.2f}, mean over all sites' text.")
 
-run = json.loads((folder / "run.json").read_text())["run"]
+run = json.loads((folder / "run.json").read_text())
 model_bytes = 4 * run["parameters"]
 per_step = steps * len(sites) * model_bytes
 print(f"""

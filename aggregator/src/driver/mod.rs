@@ -405,6 +405,21 @@ impl Driver {
         let spec = consort_common::spec::RunSpec::parse(&spec_toml)?;
         let tokenizer = tokenizer_json(&spec.tokenizer, tokenizer)?;
         let material = Arc::new(RunMaterial::new(spec_toml, Digest::of(&tokenizer))?);
+        let work = Work::Create(material.name.clone());
+        // Two at a time would write the same files.
+        if !self.claim(work.clone()) {
+            return Err(DriverError::RunExists(material.name.clone()));
+        }
+        let created = self.create_claimed_run(material, tokenizer).await;
+        self.release(&work);
+        created
+    }
+
+    async fn create_claimed_run(
+        self: &Arc<Self>,
+        material: Arc<RunMaterial>,
+        tokenizer: Vec<u8>,
+    ) -> Result<RunName, DriverError> {
         let name = material.name.clone();
         if self.core.lock().await.runs.contains_key(&name) {
             return Err(DriverError::RunExists(name));
@@ -425,9 +440,6 @@ impl Driver {
         .map_err(|_| DriverError::TaskFailed("the initial model"))??;
 
         let mut core = self.core.lock().await;
-        if core.runs.contains_key(&name) {
-            return Err(DriverError::RunExists(name));
-        }
         let run = Run::new();
         self.store
             .create_run(&NewRun {

@@ -225,11 +225,11 @@ impl Driver {
     }
 
     /// Marks work as under way; false if it is already.
-    fn claim(&self, work: Work) -> bool {
+    pub(super) fn claim(&self, work: Work) -> bool {
         self.under_way.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(work)
     }
 
-    fn release(&self, work: &Work) {
+    pub(super) fn release(&self, work: &Work) {
         self.under_way.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(work);
     }
 }
@@ -237,6 +237,7 @@ impl Driver {
 /// Work that must not be under way twice.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Work {
+    Create(RunName),
     Reduce(RunName, u32),
     Publish(RunName, u32),
 }
