@@ -59,11 +59,19 @@ const ORDER: [&str; 11] = [
     "checkpoints",
 ];
 
+/// Most keys that are judged: a specification has fewer than 100, and each problem costs a few readings of
+/// the whole table.
+const KEYS_MAX: usize = 1000;
+
 pub(super) fn parse(text: &str) -> Result<RunSpec, SpecError> {
     if text.len() > SPEC_BYTES_MAX {
         return Err(whole(format!("the specification has {} bytes; allowed: {SPEC_BYTES_MAX}", text.len())));
     }
     let table = text.parse::<toml::Table>().map_err(|error| whole(syntax_error(text, &error)))?;
+    let keys = count_keys(&table);
+    if keys > KEYS_MAX {
+        return Err(whole(format!("the specification has {keys} keys; allowed: {KEYS_MAX}")));
+    }
     let structure::Reading { spec, mut problems } = structure::read(table);
     if let Some(spec) = &spec {
         let faulty: Vec<String> = problems.iter().map(|problem| problem.path.clone()).collect();
@@ -78,6 +86,11 @@ pub(super) fn parse(text: &str) -> Result<RunSpec, SpecError> {
         Some(spec) if problems.is_empty() => Ok(spec),
         _ => Err(SpecError { problems }),
     }
+}
+
+/// Keys of a table and of the tables in it. The parser has limited the nesting.
+fn count_keys(table: &toml::Table) -> usize {
+    table.values().map(|value| 1 + value.as_table().map_or(0, count_keys)).sum()
 }
 
 fn whole(message: String) -> SpecError {

@@ -301,6 +301,24 @@ fn an_error_reads_as_a_list() {
     );
 }
 
+#[test]
+fn nesting_without_end_is_refused() {
+    for text in [
+        "a.".repeat(400_000) + "a = 1",
+        "a = ".to_owned() + &"[".repeat(500_000),
+        format!("[{}a]", "a.".repeat(400_000)),
+        "{a=".repeat(200_000),
+    ] {
+        assert!(RunSpec::parse(&text).is_err());
+    }
+}
+
+#[test]
+fn very_many_keys_are_refused_before_they_are_judged() {
+    let keys: String = (0..2_000).map(|index| format!("z{index} = 1\n")).collect();
+    check(&format!("[training.optimizer]\n{keys}"), &["the specification has 2006 keys; allowed: 1000"]);
+}
+
 /// The reference with one line changed.
 fn mutation() -> impl Strategy<Value = String> {
     let lines: Vec<&str> = RunSpec::reference().lines().collect();
