@@ -12,6 +12,7 @@ use consort_common::{
 };
 use figment::{
     Figment, Provider,
+    error::Kind,
     providers::{Env, Format, Toml},
     value::{Dict, Value},
 };
@@ -149,7 +150,12 @@ fn read(file: impl Provider, environment: impl Provider) -> Result<Config, Vec<S
         .filter_map(|(key, value)| {
             let figment = Figment::from(Toml::string(REFERENCE)).merge((key.as_str(), value));
             let error = figment.extract::<Config>().err()?;
-            Some(format!("{key}: {}", error.kind))
+            Some(match error.kind {
+                Kind::UnknownField(_, allowed) => {
+                    format!("{key}: there is no such key; there are {}", allowed.join(", "))
+                }
+                kind => format!("{key}: {kind}"),
+            })
         })
         .collect();
     for (key, advice) in REQUIRED {
@@ -172,7 +178,7 @@ fn read(file: impl Provider, environment: impl Provider) -> Result<Config, Vec<S
 
 fn provided(provider: &impl Provider) -> Result<Dict, Vec<String>> {
     match provider.data() {
-        Ok(profiles) => Ok(profiles.into_iter().flat_map(|(_, dict)| dict).collect()),
+        Ok(profiles) => Ok(profiles.into_values().flatten().collect()),
         Err(error) => Err(vec![error.to_string()]),
     }
 }
@@ -246,7 +252,7 @@ mod tests {
             &[],
             &[
                 "endpoint: ",
-                "listen: unknown field",
+                "listen: there is no such key",
                 "data.path: ",
                 "device.kind: ",
                 "device.threads: ",

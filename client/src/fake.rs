@@ -11,10 +11,9 @@ use consort_proto::v1::{
     federation_server::{Federation, FederationServer},
     *,
 };
-use futures::Stream;
 use hyper_util::rt::TokioIo;
 use tokio::{io::DuplexStream, sync::mpsc};
-use tokio_stream::{StreamExt, wrappers::ReceiverStream};
+use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream};
 use tonic::{
     Request, Response, Status, Streaming,
     transport::{Channel, Endpoint, Uri},

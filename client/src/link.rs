@@ -165,10 +165,18 @@ pub fn request<T>(message: T) -> Request<T> {
 
 /// A status in words: the connection's own reason where there is one, else the aggregator's sentence.
 pub fn describe(status: &Status) -> String {
-    match consort_common::tls::explain(status) {
-        Some(reason) => reason.to_string(),
-        None if status.message().is_empty() => format!("{}", status.code()),
-        None => status.message().to_owned(),
+    if let Some(reason) = consort_common::tls::explain(status) {
+        return reason.to_string();
+    }
+    // A status that was made of a broken connection says why only in its innermost cause.
+    let mut cause = std::error::Error::source(status);
+    while let Some(inner) = cause.and_then(std::error::Error::source) {
+        cause = Some(inner);
+    }
+    match (status.message(), cause) {
+        ("", None) => status.code().to_string(),
+        (message, Some(cause)) if !message.contains(&cause.to_string()) => format!("{message}: {cause}"),
+        (message, _) => message.to_owned(),
     }
 }
 

@@ -3,6 +3,9 @@
 //!
 //! No network here. The loop ends early only when it is cancelled, and then leaves a checkpoint.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     path::{Path, PathBuf},
     sync::Arc,

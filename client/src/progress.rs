@@ -55,11 +55,6 @@ impl Reporter {
         self.begin(run, 0, ClientActivity::Idle, 0);
     }
 
-    /// The latest report.
-    pub fn latest(&self) -> Option<Progress> {
-        self.latest.borrow().clone()
-    }
-
     /// Sends reports for as long as it is polled.
     pub async fn run(&self, link: &Link) {
         let mut reports = self.latest.subscribe();

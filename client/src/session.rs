@@ -45,7 +45,7 @@ pub struct Member {
 enum SessionError {
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    #[error("the aggregator refuses this site: {}", describe(.0))]
+    #[error("{}: {}", if is_refusal(.0) { "the aggregator refuses this site" } else { "cannot join" }, describe(.0))]
     Join(Status),
     #[error("lost the session: {}", describe(.0))]
     Lost(Status),
@@ -72,18 +72,23 @@ impl SessionError {
                     | ConnectError::OtherFederation { .. }
                     | ConnectError::ClientCertificateRefused(_)
             ),
-            Self::Join(status) | Self::Lost(status) => matches!(
-                status.code(),
-                Code::PermissionDenied
-                    | Code::Unauthenticated
-                    | Code::AlreadyExists
-                    | Code::FailedPrecondition
-                    | Code::InvalidArgument
-                    | Code::Unimplemented
-            ),
+            Self::Join(status) | Self::Lost(status) => is_refusal(status),
             Self::Closed | Self::Unknown => false,
         }
     }
+}
+
+/// Whether the aggregator means this site, its certificate or its version.
+fn is_refusal(status: &Status) -> bool {
+    matches!(
+        status.code(),
+        Code::PermissionDenied
+            | Code::Unauthenticated
+            | Code::AlreadyExists
+            | Code::FailedPrecondition
+            | Code::InvalidArgument
+            | Code::Unimplemented
+    )
 }
 
 /// Keeps a session open for as long as it is polled: `connect` opens connections, sessions go to `keeper`,

@@ -77,8 +77,9 @@ pub(super) fn data(path: &Path) -> Finding {
     match survey(path) {
         Err(error) => failed(error.to_string()),
         Ok(survey) => {
-            let found =
-                format!("{} files with {} in {}", survey.files, units::bytes(survey.bytes), path.display());
+            let files =
+                if survey.files == 1 { "1 file".to_owned() } else { format!("{} files", survey.files) };
+            let found = format!("{files} with {} of text in {}", units::bytes(survey.bytes), path.display());
             match survey.faults.first() {
                 None => passed(found),
                 Some(fault) => warning(format!(
@@ -179,7 +180,7 @@ mod tests {
         std::fs::write(folder.path().join("a.jsonl"), "{}").unwrap();
         let (outcome, detail) = data(folder.path());
         assert_eq!(outcome, Outcome::Passed);
-        assert!(detail.starts_with("1 files with 2 B"), "{detail}");
+        assert!(detail.starts_with("1 file with 2 B of text"), "{detail}");
     }
 
     #[test]

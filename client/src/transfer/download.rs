@@ -132,7 +132,7 @@ async fn fetch(
         first_chunk: next,
     };
     let mut stream = answer(session.client.download_model(request)).await?.into_inner();
-    check_header(header(&mut stream).await?, model)?;
+    check_header(&header(&mut stream).await?, model)?;
     while next < model.plan.chunks() {
         let chunk = chunk(&mut stream, next).await?;
         let expected = model.plan.length(next).map_err(TransferError::from)? * 4;
@@ -183,7 +183,7 @@ async fn chunk(stream: &mut Streaming<DownloadModelResponse>, index: u32) -> Res
     }
 }
 
-fn check_header(header: ModelHeader, model: &Model<'_>) -> Result<(), TransferError> {
+fn check_header(header: &ModelHeader, model: &Model<'_>) -> Result<(), TransferError> {
     let plan = model.plan;
     let expected = ModelHeader {
         parameters: plan.parameters(),
@@ -191,7 +191,7 @@ fn check_header(header: ModelHeader, model: &Model<'_>) -> Result<(), TransferEr
         chunks: plan.chunks(),
         digest: model.digest.to_vec(),
     };
-    if header == expected {
+    if *header == expected {
         return Ok(());
     }
     Err(TransferError::OtherModel(format!(
