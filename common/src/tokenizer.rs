@@ -68,6 +68,16 @@ pub fn token_id(tokenizer_json: &Value, text: &str) -> Option<u32> {
     u32::try_from(id).ok()
 }
 
+/// Rows that an embedding needs for a `tokenizer.json`: one more than the largest token id.
+pub fn vocabulary_size(tokenizer_json: &Value) -> u64 {
+    let added = tokenizer_json["added_tokens"].as_array().into_iter().flatten();
+    let added = added.filter_map(|token| token["id"].as_u64());
+    let vocabulary = &tokenizer_json["model"]["vocab"];
+    let mapped = vocabulary.as_object().into_iter().flatten().filter_map(|(_, id)| id.as_u64());
+    let listed = vocabulary.as_array().map_or(0, |pairs| pairs.len() as u64);
+    added.chain(mapped).map(|id| id + 1).max().unwrap_or(0).max(listed)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -81,6 +91,10 @@ mod tests {
         let unigram = json!({"model": {"type": "Unigram", "vocab": [["<unk>", 0.0], ["</s>", -1.0]]}});
         assert_eq!(token_id(&unigram, "</s>"), Some(1));
         assert_eq!(token_id(&json!(null), "</s>"), None);
+        assert_eq!(
+            (vocabulary_size(&byte), vocabulary_size(&unigram), vocabulary_size(&json!(null))),
+            (257, 2, 0)
+        );
     }
 
     #[test]

@@ -24,8 +24,8 @@ use std::{
 use consort_common::{
     atomic_file::write_atomically,
     ids::{DeltaId, Digest, RunName, SiteName},
-    spec::TokenizerSpec,
-    tokenizer::byte_tokenizer_json,
+    spec::{RunSpec, TokenizerSpec},
+    tokenizer::{byte_tokenizer_json, token_id, vocabulary_size},
     units::{UnixMs, unix_ms_now},
 };
 use consort_proto::v1;
@@ -402,8 +402,8 @@ impl Driver {
         spec_toml: String,
         tokenizer: Vec<u8>,
     ) -> Result<RunName, DriverError> {
-        let spec = consort_common::spec::RunSpec::parse(&spec_toml)?;
-        let tokenizer = tokenizer_json(&spec.tokenizer, tokenizer)?;
+        let spec = RunSpec::parse(&spec_toml)?;
+        let tokenizer = tokenizer_json(&spec, tokenizer)?;
         let material = Arc::new(RunMaterial::new(spec_toml, Digest::of(&tokenizer))?);
         let work = Work::Create(material.name.clone());
         // Two at a time would write the same files.
@@ -888,8 +888,8 @@ fn is_open(run: &Run, key: &ContributionKey) -> Result<bool, Rejection> {
 }
 
 /// The run's tokenizer.json: the built-in one, or the one that was given.
-fn tokenizer_json(spec: &TokenizerSpec, given: Vec<u8>) -> Result<Vec<u8>, DriverError> {
-    match (spec, given.is_empty()) {
+fn tokenizer_json(spec: &RunSpec, given: Vec<u8>) -> Result<Vec<u8>, DriverError> {
+    match (&spec.tokenizer, given.is_empty()) {
         (TokenizerSpec::Byte {}, true) => Ok(byte_tokenizer_json().into_bytes()),
         (TokenizerSpec::Byte {}, false) => Err(DriverError::Tokenizer(
             "the byte tokenizer is built in; none is to be sent with it".to_owned(),
@@ -901,9 +901,17 @@ fn tokenizer_json(spec: &TokenizerSpec, given: Vec<u8>) -> Result<Vec<u8>, Drive
             let refuse = |reason: String| DriverError::Tokenizer(format!("{path}: {reason}"));
             let json: serde_json::Value =
                 serde_json::from_slice(&given).map_err(|error| refuse(format!("is not JSON: {error}")))?;
-            consort_common::tokenizer::token_id(&json, end_of_text).ok_or_else(|| {
-                refuse(format!("has no token {end_of_text:?}, which the specification names as end_of_text"))
-            })?;
+            if token_id(&json, end_of_text).is_none() {
+                return Err(refuse(format!(
+                    "has no token {end_of_text:?}, which the specification names as end_of_text"
+                )));
+            }
+            let (needed, rows) = (vocabulary_size(&json), spec.model.vocab_size());
+            if needed > rows as u64 {
+                return Err(refuse(format!(
+                    "needs model.vocab_size = {needed} at least; the specification says {rows}"
+                )));
+            }
             Ok(given)
         }
     }
