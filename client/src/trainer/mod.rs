@@ -45,7 +45,8 @@ impl Model {
     fn new(architecture: &Architecture, device: Device) -> Result<(Self, Parameters), TrainerError> {
         let problems = architecture.problems();
         if !problems.is_empty() {
-            let problems: Vec<String> = problems.iter().map(|(key, problem)| format!("{key} {problem}")).collect();
+            let problems: Vec<String> =
+                problems.iter().map(|(key, problem)| format!("{key} {problem}")).collect();
             return Err(TrainerError::Settings(problems.join("; ")));
         }
         let manifest: Manifest = architecture.manifest();
