@@ -48,7 +48,7 @@ pub async fn train(
 ) -> Result<(), WorkError> {
     let material = material(context, &task.run, cancel).await?;
     check(&material, task)?;
-    let round = Round { context, material: &material, cancel };
+    let round = Round { context, material: &material, number: task.round, cancel };
     let base = Base { version: task.round - 1, digest: task.base_digest };
     let measured = if task.evaluate_base { Some(round.measure(base).await) } else { None };
     // A report that waits for the connection delays no training.
@@ -85,7 +85,7 @@ pub async fn evaluate(
 ) -> Result<(), WorkError> {
     let material = material(context, &task.run, cancel).await?;
     check_manifest(&material, task.manifest_digest)?;
-    let round = Round { context, material: &material, cancel };
+    let round = Round { context, material: &material, number: task.version, cancel };
     let base = Base { version: task.version, digest: task.digest };
     let measured = round.measure(base).await?;
     round.report(base, measured).await
@@ -142,6 +142,8 @@ struct Measured {
 struct Round<'a> {
     context: &'a Arc<Context>,
     material: &'a Arc<Material>,
+    /// For progress: the round, or the version that is measured after the last one.
+    number: u32,
     cancel: &'a CancellationToken,
 }
 
@@ -154,7 +156,7 @@ impl Round<'_> {
     async fn download(&self, base: Base) -> Result<PathBuf, WorkError> {
         let bytes = self.material.plan.parameters() * 4;
         let activity =
-            self.context.reporter.begin(self.run(), base.version, ClientActivity::Downloading, bytes);
+            self.context.reporter.begin(self.run(), self.number, ClientActivity::Downloading, bytes);
         let model = (self.run(), base.version, base.digest);
         let download = download_model(
             &self.context.link,
@@ -199,7 +201,7 @@ impl Round<'_> {
         }
         let model = self.download(base).await?;
         let (material, cancel) = (self.material.clone(), self.cancel.clone());
-        let activity = self.context.reporter.begin(self.run(), base.version, ClientActivity::Evaluating, 0);
+        let activity = self.context.reporter.begin(self.run(), self.number, ClientActivity::Evaluating, 0);
         let measured = self.on_trainer(move |trainer| {
             trainer.load(ModelFile::open(&model)?.values())?;
             let (sum, text_bytes) = local_steps::held_out_loss(trainer, &material, &activity, &cancel)?;
