@@ -12,6 +12,7 @@ use crate::{
     json,
     output::Output,
     table::{Column, Table, facts},
+    text::{fit, left, width},
     words,
 };
 
@@ -172,14 +173,20 @@ fn took_seconds(seconds: f64) -> String {
     milliseconds.map_or_else(|| words::NONE.to_owned(), units::duration_ms)
 }
 
-/// Whole digests: two records are compared by them. A long name pushes its digest to a line of its own.
+/// Whole digests, since records are compared by them; each under its site's name where it does not fit
+/// beside it.
 fn digest_lines(contributions: &[v1::Contribution], output: &Output) -> Vec<String> {
-    let heading = output.paint.strong("DELTA DIGESTS");
-    let lines = contributions.iter().flat_map(|contribution| {
-        let line = format!("{}  {}", contribution.site, words::digest(&contribution.delta_digest));
-        crate::text::wrap(&line, output.columns)
-    });
-    std::iter::once(heading).chain(lines).collect()
+    let longest = contributions.iter().map(|contribution| width(&contribution.site)).max().unwrap_or(0);
+    let mut lines = vec![output.paint.strong("DELTA DIGESTS")];
+    for contribution in contributions {
+        let digest = words::digest(&contribution.delta_digest);
+        if longest + 2 + digest.len() <= output.columns {
+            lines.push(format!("{}  {digest}", left(&contribution.site, longest)));
+        } else {
+            lines.extend([fit(&contribution.site, output.columns), format!("  {digest}")]);
+        }
+    }
+    lines
 }
 
 fn evaluation_lines(evaluations: &[v1::SiteEvaluation], output: &Output) -> Vec<String> {
@@ -204,7 +211,7 @@ fn evaluation_lines(evaluations: &[v1::SiteEvaluation], output: &Output) -> Vec<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::text::{Paint, width};
+    use crate::text::Paint;
 
     const OUTPUT: Output = Output { json: false, columns: 80, paint: Paint { colours: false } };
 

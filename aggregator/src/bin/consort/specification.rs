@@ -8,7 +8,7 @@ use std::{
 
 use bytes::Bytes;
 use consort_common::{
-    spec::{Problem, RunSpec, SPEC_BYTES_MAX, TokenizerSpec},
+    spec::{Problem, RunSpec, SPEC_BYTES_MAX},
     units,
 };
 use consort_proto::v1::{CreateRunRequest, FilePart, create_run_request::Part};
@@ -50,20 +50,18 @@ impl Specification {
         let Ok(text) = String::from_utf8(bytes) else {
             return Ok(Err(problem("", "is not UTF-8 text".to_owned())));
         };
-        let spec = match RunSpec::parse(&text) {
-            Ok(spec) => spec,
-            Err(error) => return Ok(Err(error.problems)),
+        let tokenizer = match tokenizer_path(&text) {
+            Some(tokenizer) => read_tokenizer(&path.parent().unwrap_or(Path::new("")).join(tokenizer)),
+            None => Ok(Bytes::new()),
         };
-        let tokenizer = match &spec.tokenizer {
-            TokenizerSpec::Byte {} => Bytes::new(),
-            TokenizerSpec::File { path: tokenizer, .. } => {
-                match read_tokenizer(&path.parent().unwrap_or(Path::new("")).join(tokenizer)) {
-                    Ok(tokenizer) => tokenizer,
-                    Err(message) => return Ok(Err(problem("tokenizer.path", message))),
-                }
+        let tokenizer = tokenizer.map_err(|message| problem("tokenizer.path", message));
+        match (RunSpec::parse(&text), tokenizer) {
+            (Ok(spec), Ok(tokenizer)) => Ok(Ok(Self { text, spec, tokenizer })),
+            (spec, tokenizer) => {
+                let of_spec = spec.err().map(|error| error.problems);
+                Ok(Err(of_spec.into_iter().chain(tokenizer.err()).flatten().collect()))
             }
-        };
-        Ok(Ok(Self { text, spec, tokenizer }))
+        }
     }
 
     /// The messages that create the run: the specification, then the tokenizer in parts.
@@ -143,6 +141,15 @@ fn problem_text(path: &Path, problems: &[Problem]) -> String {
         text += &format!("\n  {}", problem.to_string().trim_end().replace('\n', "\n    "));
     }
     text
+}
+
+/// The tokenizer that a specification names, be the rest of it right or wrong: its file's problem is to be
+/// listed with all others.
+fn tokenizer_path(text: &str) -> Option<String> {
+    let specification: toml::Table = text.parse().ok()?;
+    let tokenizer = specification.get("tokenizer")?;
+    let is_file = tokenizer.get("kind")?.as_str()? == "file";
+    tokenizer.get("path")?.as_str().filter(|_| is_file).map(str::to_owned)
 }
 
 fn read_tokenizer(path: &Path) -> Result<Bytes, String> {
@@ -225,6 +232,16 @@ mod tests {
                 "{text}"
             );
         }
+    }
+
+    #[test]
+    fn the_tokenizers_problem_is_listed_with_all_others() {
+        let folder = folder(None);
+        let path = folder.path().join("run.toml");
+        std::fs::write(&path, SPEC.replace("rounds = 2", "rounds = 0")).unwrap();
+        let problems = Specification::read(&path).unwrap().unwrap_err();
+        let paths: Vec<&str> = problems.iter().map(|problem| problem.path.as_str()).collect();
+        assert_eq!(paths, ["rounds", "tokenizer.path"]);
     }
 
     #[test]

@@ -55,7 +55,7 @@ impl LineLog {
 fn state_text(snapshot: &RunSnapshot) -> String {
     let run = snapshot.run.clone().unwrap_or_default();
     let mut parts = vec![format!("{} {}", run.name, words::run_status(run.status())), position(&run)];
-    parts.extend(perplexities(snapshot).map(|(first, last)| format!("perplexity {first} → {last}")));
+    parts.extend(perplexities(snapshot).map(|words| format!("perplexity {words}")));
     parts.extend(waiting(snapshot, &run));
     parts.join(" · ")
 }

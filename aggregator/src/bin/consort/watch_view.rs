@@ -3,12 +3,12 @@
 use consort_common::units;
 use consort_proto::v1::{
     ClientActivity, ClientSummary, Participation, Phase, Progress, RunEvent, RunSnapshot, RunStatus,
-    RunSummary,
+    RunSummary, VersionEvaluation,
 };
 use jiff::tz::TimeZone;
 
 use crate::{
-    text::{Paint, bar, fit, left, right, sparkline, width},
+    text::{Paint, bar, fit, left, right, sparkline, width, wrap},
     words,
 };
 
@@ -16,6 +16,8 @@ use crate::{
 const LABEL: usize = 12;
 /// Events that a frame shows at most.
 pub const EVENTS_SHOWN_MAX: usize = 5;
+/// Lines that what is waited for, or why there is no connection, takes at most.
+const SENTENCE_LINES_MAX: usize = 3;
 /// Widest bar and sparkline; wider ones are harder to read, not easier.
 const BAR_MAX: usize = 40;
 /// Columns of a client's line but its name and bar: the marker, state, count, speed, loss, and the gaps.
@@ -109,11 +111,12 @@ pub fn frame(view: &View<'_>, columns: usize, rows_max: usize) -> Vec<String> {
 fn top(view: &View<'_>, columns: usize) -> Vec<Pieces> {
     let run = view.run();
     let mut lines = vec![header(view, &run)];
-    if let Some(reason) = view.lost {
-        lines.push(vec![(Tone::Alarming, format!("Connection lost, {reason}"))]);
-    } else if let Some(waiting) = waiting(view.snapshot, &run) {
-        lines.push(vec![(Tone::Plain, waiting)]);
-    }
+    let (tone, text) = match view.lost {
+        Some(reason) => (Tone::Alarming, Some(format!("Connection lost, {reason}"))),
+        None => (Tone::Plain, waiting(view.snapshot, &run)),
+    };
+    let sentence = text.map_or_else(Vec::new, |text| wrap(&text, columns));
+    lines.extend(sentence.into_iter().take(SENTENCE_LINES_MAX).map(|line| vec![(tone, line)]));
     let committed = committed_rounds(&run);
     let bar_columns = BAR_MAX.min(columns.saturating_sub(LABEL + 26));
     lines.push(vec![
@@ -128,8 +131,8 @@ fn top(view: &View<'_>, columns: usize) -> Vec<Pieces> {
     if let Some(text) = train_loss(view.snapshot, &run) {
         lines.push(vec![label("train loss"), (Tone::Plain, text)]);
     }
-    if let Some((first, last)) = perplexities(view.snapshot) {
-        let text = format!("{first} → {last}  ");
+    if let Some(perplexities) = perplexities(view.snapshot) {
+        let text = format!("{perplexities}  ");
         let spark_columns = BAR_MAX.min(columns.saturating_sub(LABEL + width(&text)));
         // Heights are of the loss, the perplexity's logarithm: the first drop would flatten all others.
         let losses: Vec<f64> = view.snapshot.evaluations.iter().map(|evaluation| evaluation.loss).collect();
@@ -175,12 +178,12 @@ pub fn position(run: &RunSummary) -> String {
     }
 }
 
-/// What the run waits for, in words.
+/// What the run waits for, in words; one that has ended waits for nothing.
 pub fn waiting(snapshot: &RunSnapshot, run: &RunSummary) -> Option<String> {
     match (snapshot.waiting_for.as_str(), run.status()) {
         ("", RunStatus::Created) => Some(format!("to be started: consort runs start {}", run.name)),
         ("", RunStatus::Paused) => Some(format!("to be resumed: consort runs resume {}", run.name)),
-        ("", _) => None,
+        ("", _) | (_, RunStatus::Finished | RunStatus::Aborted) => None,
         (waiting, _) => {
             Some(format!("waiting for {}", waiting.strip_prefix("waiting for ").unwrap_or(waiting)))
         }
@@ -242,10 +245,14 @@ pub fn train_loss(snapshot: &RunSnapshot, run: &RunSummary) -> Option<String> {
     Some(format!("{} (latest, mean of {})", words::loss(mean), words::plural(losses.len(), "site")))
 }
 
-/// Held-out perplexity of the first and the newest version that were measured.
-pub fn perplexities(snapshot: &RunSnapshot) -> Option<(String, String)> {
-    let (first, last) = (snapshot.evaluations.first()?, snapshot.evaluations.last()?);
-    Some((words::perplexity(first.loss), words::perplexity(last.loss)))
+/// Held-out perplexity of the first and the newest version that were measured: "257 → 12.18".
+pub fn perplexities(snapshot: &RunSnapshot) -> Option<String> {
+    let perplexity = |evaluation: &VersionEvaluation| words::perplexity(evaluation.loss);
+    match snapshot.evaluations.as_slice() {
+        [] => None,
+        [only] => Some(perplexity(only)),
+        [first, .., last] => Some(format!("{} → {}", perplexity(first), perplexity(last))),
+    }
 }
 
 #[allow(clippy::cast_precision_loss)]
@@ -289,7 +296,10 @@ fn client_line(client: &ClientSummary, run: &RunSummary, name_columns: usize, ba
         (true, Participation::Replaced) => ("↷", Tone::Alarming),
         (true, Participation::NotSelected | Participation::Unspecified) => ("·", Tone::Faint),
     };
-    let state = words::client_state(client);
+    let state = match (words::client_state(client), client.participation(), run.phase()) {
+        ("idle", Participation::NotSelected, Phase::Training) => "not selected",
+        (state, _, _) => state,
+    };
     let progress = progress_of(client, run).filter(|_| client.connected);
     // Of a site that has delivered, the last report says nothing more but its loss.
     let doing = progress.filter(|progress| state == words::activity(progress.activity()));
@@ -334,8 +344,7 @@ fn event_line(view: &View<'_>, event: &RunEvent) -> Pieces {
 /// What became of the run, in a sentence, once it has ended.
 pub fn summary(snapshot: &RunSnapshot, now_unix_ms: u64) -> String {
     let run = snapshot.run.clone().unwrap_or_default();
-    let perplexity = perplexities(snapshot)
-        .map_or_else(String::new, |(first, last)| format!("; perplexity {first} → {last}"));
+    let perplexity = perplexities(snapshot).map_or_else(String::new, |words| format!("; perplexity {words}"));
     format!(
         "The run {} is {}: {} of {} rounds in {}{perplexity}; {}.",
         run.name,

@@ -55,27 +55,24 @@ pub fn participation(participation: Participation) -> &'static str {
     }
 }
 
-/// How a client is, in one or two words: what it does where it does something, else its part in the round.
+/// How a client is, in a word: what it does where it does something, else its part in the round.
 pub fn client_state(client: &ClientSummary) -> &'static str {
     if !client.connected {
         return "offline";
     }
-    let doing = client
-        .progress
-        .as_ref()
-        .map(Progress::activity)
-        .filter(|activity| !matches!(activity, ClientActivity::Unspecified | ClientActivity::Idle));
-    match (client.participation(), doing) {
-        // Its last report may be of what it has delivered since.
-        (Participation::Delivered, None | Some(ClientActivity::Training | ClientActivity::Uploading)) => {
-            "delivered"
-        }
+    let participation = client.participation();
+    let doing = client.progress.as_ref().map(Progress::activity).filter(|activity| match activity {
+        ClientActivity::Unspecified | ClientActivity::Idle => false,
+        // The last report of work that is over: only who is working trains or sends.
+        ClientActivity::Training | ClientActivity::Uploading => participation == Participation::Working,
+        ClientActivity::Preparing | ClientActivity::Downloading | ClientActivity::Evaluating => true,
+    });
+    match (participation, doing) {
         (Participation::Replaced, _) => "replaced",
         (_, Some(doing)) => activity(doing),
-        (Participation::NotSelected, None) => "not selected",
+        (Participation::Delivered, None) => "delivered",
         (Participation::Working, None) => "starting",
-        (Participation::Unspecified, None) if client.ready => "ready",
-        (Participation::Unspecified, None) => "idle",
+        (Participation::NotSelected | Participation::Unspecified, None) => "idle",
     }
 }
 
@@ -195,9 +192,10 @@ mod tests {
             (client(true, Participation::Working, ClientActivity::Idle), "starting"),
             (client(true, Participation::Delivered, ClientActivity::Uploading), "delivered"),
             (client(true, Participation::Delivered, ClientActivity::Evaluating), "evaluating"),
-            (client(true, Participation::NotSelected, ClientActivity::Idle), "not selected"),
+            (client(true, Participation::NotSelected, ClientActivity::Idle), "idle"),
+            (client(true, Participation::NotSelected, ClientActivity::Training), "idle"),
             (client(true, Participation::Replaced, ClientActivity::Training), "replaced"),
-            (client(true, Participation::Unspecified, ClientActivity::Idle), "ready"),
+            (client(true, Participation::Unspecified, ClientActivity::Preparing), "preparing"),
         ] {
             assert_eq!(client_state(&state), expected);
         }
