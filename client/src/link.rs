@@ -173,7 +173,10 @@ pub fn describe(status: &Status) -> String {
     while let Some(inner) = cause.and_then(std::error::Error::source) {
         cause = Some(inner);
     }
+    // h2 keeps no typed cause. rustls's words for this one are a page of advice to authors of servers.
+    let broken = |cause: &(dyn std::error::Error + 'static)| cause.to_string().contains("close_notify");
     match (status.message(), cause) {
+        (_, Some(cause)) if broken(cause) => "the connection broke off".to_owned(),
         ("", None) => status.code().to_string(),
         (message, Some(cause)) if !message.contains(&cause.to_string()) => format!("{message}: {cause}"),
         (message, _) => message.to_owned(),
@@ -219,6 +222,14 @@ mod tests {
         };
         let (answer, ()) = tokio::join!(call, renew);
         assert_eq!(answer.unwrap(), 4);
+    }
+
+    #[test]
+    fn a_connection_that_breaks_off_is_said_in_few_words() {
+        let eof =
+            std::io::Error::other("peer closed connection without sending TLS close_notify: see this page");
+        assert_eq!(describe(&Status::from_error(Box::new(eof))), "the connection broke off");
+        assert_eq!(describe(&Status::unavailable("shutting down")), "shutting down");
     }
 
     #[tokio::test]
