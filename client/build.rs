@@ -55,10 +55,7 @@ fn link(lib_dir: &Path) {
     // Searched in this order. Relative to the program first, so that a checkout that has
     // its own libtorch can be moved with what was built in it.
     for path in relative_paths(lib_dir) {
-        println!(
-            "cargo::rustc-link-arg=-Wl,-rpath,$ORIGIN/{}",
-            path.display()
-        );
+        println!("cargo::rustc-link-arg=-Wl,-rpath,$ORIGIN/{}", path.display());
     }
     println!("cargo::rustc-link-arg=-Wl,-rpath,{}", lib_dir.display());
 }
@@ -71,14 +68,9 @@ fn relative_paths(lib_dir: &Path) -> Vec<PathBuf> {
     let checkout = package.parent().expect("the package lies in a workspace");
     // OUT_DIR is target/PROFILE/build/PACKAGE-HASH/out.
     let out_dir = PathBuf::from(variable("OUT_DIR"));
-    let profile_dir = out_dir
-        .ancestors()
-        .nth(3)
-        .expect("OUT_DIR lies in the target folder");
-    let (Ok(to_lib), Ok(to_profile)) = (
-        lib_dir.strip_prefix(checkout),
-        profile_dir.strip_prefix(checkout),
-    ) else {
+    let profile_dir = out_dir.ancestors().nth(3).expect("OUT_DIR lies in the target folder");
+    let (Ok(to_lib), Ok(to_profile)) = (lib_dir.strip_prefix(checkout), profile_dir.strip_prefix(checkout))
+    else {
         return Vec::new();
     };
     let up_to_checkout: PathBuf = to_profile.components().map(|_| "..").collect();
@@ -87,7 +79,6 @@ fn relative_paths(lib_dir: &Path) -> Vec<PathBuf> {
 }
 
 fn variable(name: &str) -> OsString {
-    env::var_os(name).unwrap_or_else(|| {
-        panic!("{name} is not set: this runs under cargo, with torch-sys as a dependency")
-    })
+    env::var_os(name)
+        .unwrap_or_else(|| panic!("{name} is not set: this runs under cargo, with torch-sys as a dependency"))
 }

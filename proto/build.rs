@@ -5,7 +5,8 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message;
 
-const FILES: [&str; 3] = ["consort/v1/common.proto", "consort/v1/federation.proto", "consort/v1/operator.proto"];
+const FILES: [&str; 3] =
+    ["consort/v1/common.proto", "consort/v1/federation.proto", "consort/v1/operator.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");

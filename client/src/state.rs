@@ -18,6 +18,8 @@ use std::{
     fs::{self, File, TryLockError},
     io,
     path::{Path, PathBuf},
+    thread,
+    time::Duration,
 };
 
 use consort_common::{atomic_file::write_atomically, ids::RunName};
@@ -47,6 +49,10 @@ pub enum StateError {
     Write(#[source] io::Error),
 }
 
+/// How often, and with what pause, the state directory's lock is tried.
+const LOCK_ATTEMPTS_MAX: u32 = 20;
+const LOCK_PAUSE: Duration = Duration::from_millis(100);
+
 /// The state directory, locked for this process.
 #[derive(Debug)]
 pub struct StateDirectory {
@@ -67,11 +73,10 @@ impl StateDirectory {
             .write(true)
             .open(&lock_path)
             .map_err(io_error("open", &lock_path))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(StateError::InUse(path.to_owned())),
-            Err(TryLockError::Error(source)) => return Err(io_error("lock", &lock_path)(source)),
-        }
+        acquire(&lock).map_err(|error| match error {
+            TryLockError::WouldBlock => StateError::InUse(path.to_owned()),
+            TryLockError::Error(source) => io_error("lock", &lock_path)(source),
+        })?;
         Ok(Self { path: path.to_owned(), instance_id: instance_id(path)?, _lock: lock })
     }
 
@@ -93,6 +98,17 @@ impl StateDirectory {
         forget_old_runs(&runs, &path).map_err(io_error("tidy", &runs))?;
         Ok(RunDirectory { path })
     }
+}
+
+/// Locks the file; a daemon that was killed a moment ago may still be on its way out.
+fn acquire(lock: &File) -> Result<(), TryLockError> {
+    for _ in 1..LOCK_ATTEMPTS_MAX {
+        match lock.try_lock() {
+            Err(TryLockError::WouldBlock) => thread::sleep(LOCK_PAUSE),
+            other => return other,
+        }
+    }
+    lock.try_lock()
 }
 
 fn instance_id(directory: &Path) -> Result<[u8; 16], StateError> {
