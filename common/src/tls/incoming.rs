@@ -15,6 +15,7 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::transport::server::Connected;
 
+use super::Connection;
 use crate::identity::{Identity, IdentityError};
 
 /// Connections that are set up and wait for the server to take them.
@@ -40,7 +41,7 @@ pub fn peer_identity(peer: &PeerInfo) -> Result<Identity, IdentityError> {
 pub struct IncomingLimits {
     /// Handshakes at a time; further peers wait in the system's queue.
     pub handshakes_max: usize,
-    /// How long one may take: whoever says nothing is cut.
+    /// How long one may take, and after it the first words of HTTP/2: whoever says nothing is cut.
     pub handshake_timeout: Duration,
 }
 
@@ -56,13 +57,13 @@ pub fn incoming(
     listener: TcpListener,
     config: Arc<ServerConfig>,
     limits: IncomingLimits,
-) -> impl Stream<Item = io::Result<TlsStream<TcpStream>>> + Send + 'static {
+) -> impl Stream<Item = io::Result<Connection>> + Send + 'static {
     let (sender, receiver) = mpsc::channel(READY_MAX);
     tokio::spawn(accept_all(listener, TlsAcceptor::from(config), limits, sender));
     ReceiverStream::new(receiver)
 }
 
-type Sender = mpsc::Sender<io::Result<TlsStream<TcpStream>>>;
+type Sender = mpsc::Sender<io::Result<Connection>>;
 
 async fn accept_all(listener: TcpListener, acceptor: TlsAcceptor, limits: IncomingLimits, sender: Sender) {
     let permits = Arc::new(Semaphore::new(limits.handshakes_max));
@@ -112,7 +113,7 @@ async fn set_up(
         Ok(Ok(stream)) => {
             drop(permit);
             // The server went away: so does the connection.
-            let _ = sender.send(Ok(stream)).await;
+            let _ = sender.send(Ok(Connection::new(stream, limit))).await;
         }
         Ok(Err((error, tcp))) => {
             tracing::info!(%peer, reason = reason(&error), "refused a connection");

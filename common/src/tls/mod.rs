@@ -2,9 +2,10 @@
 //!
 //! `mod.rs` loads credentials and makes rustls configurations of them; `dial.rs` opens connections for
 //! clients, and `failure.rs` says precisely why one could not be opened; `incoming.rs` accepts them for
-//! servers. The cryptography (aws-lc-rs) is passed explicitly: nothing here depends on a process-wide
+//! servers, each a `connection.rs`. The cryptography (aws-lc-rs) is passed explicitly: nothing here depends on a process-wide
 //! default, and nothing here can be configured to be weaker.
 
+mod connection;
 mod dial;
 mod failure;
 mod incoming;
@@ -30,6 +31,7 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject};
 use serde::{Deserialize, Serialize};
 
+pub use connection::Connection;
 pub use dial::{AddressError, ServerAddress, connect_channel, connect_channel_lazy, dial};
 pub use failure::{ConnectError, Refusal, explain};
 pub use incoming::{IncomingLimits, PeerInfo, incoming, peer_identity};

@@ -191,7 +191,7 @@ async fn the_server_learns_who_calls() {
     let client = tokio::spawn(async move { dial(&address, &site).await });
     let mut connection = connections.next().await.unwrap().unwrap();
     assert_eq!(peer_identity(&connection.connect_info()).unwrap().to_string(), SITE);
-    let (_, session) = connection.get_ref();
+    let (_, session) = connection.tls.get_ref();
     assert_eq!(session.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_3));
     assert_eq!(session.alpn_protocol(), Some(b"h2".as_slice()));
     connection.write_all(b"settings").await.unwrap();
@@ -381,6 +381,32 @@ async fn silent_and_babbling_peers_are_cut_and_stop_nobody() {
     for mut tcp in silent {
         let mut rest = Vec::new();
         let _ = tokio::time::timeout(Duration::from_secs(20), tcp.read_to_end(&mut rest)).await.expect("cut");
+    }
+}
+
+#[tokio::test]
+async fn a_peer_that_is_silent_after_its_handshake_is_cut_and_one_that_spoke_is_not() {
+    let ca = Ca::new("acme");
+    let limits = IncomingLimits { handshakes_max: 4, handshake_timeout: Duration::from_millis(300) };
+    let server = serve(&Member::aggregator().credentials(&ca, &ca), limits).await;
+    let site = Member::site().credentials(&ca, &ca);
+    let mut spoke = dial(&server.address, &site).await.unwrap();
+    spoke.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+    // All that counts as speaking is the whole of that.
+    let mut hesitating = dial(&server.address, &site).await.unwrap();
+    hesitating.write_all(b"PRI * HTTP/2.0").await.unwrap();
+    let mut silent = dial(&server.address, &site).await.unwrap();
+    for stream in [&mut silent, &mut hesitating] {
+        let mut rest = Vec::new();
+        let _ =
+            tokio::time::timeout(Duration::from_secs(20), stream.read_to_end(&mut rest)).await.expect("cut");
+    }
+    // An empty SETTINGS frame, which is answered with one that acknowledges it.
+    spoke.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
+    let acknowledgement = [0, 0, 0, 4, 1, 0, 0, 0, 0];
+    let mut received = Vec::new();
+    while !received.ends_with(&acknowledgement) {
+        received.push(spoke.read_u8().await.unwrap());
     }
 }
 
