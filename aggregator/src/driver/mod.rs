@@ -467,6 +467,7 @@ impl Driver {
     /// If another run is active, or the run's status does not allow it.
     pub async fn command(self: &Arc<Self>, name: &RunName, event: Event) -> Result<(), DriverError> {
         let mut core = self.core.lock().await;
+        core.run(name)?;
         let starts = matches!(event, Event::Start | Event::Resume);
         let active = core.runs.values().find(|live| live.run.state().status == RunStatus::Active);
         if let Some(active) = active.filter(|active| starts && active.material.name != *name) {

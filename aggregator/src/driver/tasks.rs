@@ -23,6 +23,8 @@ use crate::{
 
 /// Pause before a checkpoint that could not be written is tried again.
 const PUBLISH_RETRY: Duration = Duration::from_secs(30);
+/// Pause before a reduction that could not be recorded is recorded again.
+const RECORD_RETRY: Duration = Duration::from_secs(5);
 
 impl Driver {
     pub(super) fn begin_reduce(
@@ -44,12 +46,29 @@ impl Driver {
                 }
             };
             driver.release(&Work::Reduce(material.name.clone(), round));
-            // A run that was aborted meanwhile refuses the event; there is nothing left to do then. When
-            // the database fails, the reduction is repeated after the next start.
-            if let Err(error) = driver.event(&material.name, event).await {
-                tracing::error!(run = %material.name, round, %error, "the reduction could not be recorded");
-            }
+            driver.record_reduction(&material.name, event).await;
         });
+    }
+
+    /// Applies a reduction's event, as often as it takes: the disk that has no room for a version may have
+    /// none for the record of that either, and the round would stand still until the next start.
+    async fn record_reduction(self: &Arc<Self>, run: &RunName, event: Event) {
+        loop {
+            match self.event(run, event.clone()).await {
+                Ok(_) => return,
+                Err(DriverError::Rejected(rejection)) => {
+                    tracing::info!(%run, %rejection, "the run has moved on without the reduction");
+                    return;
+                }
+                Err(error) => {
+                    tracing::error!(%run, %error, "the reduction could not be recorded; trying again in {} s", RECORD_RETRY.as_secs());
+                }
+            }
+            tokio::select! {
+                () = tokio::time::sleep(RECORD_RETRY) => (),
+                () = self.stopping.cancelled() => return,
+            }
+        }
     }
 
     async fn reduce(

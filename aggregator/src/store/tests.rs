@@ -433,3 +433,19 @@ async fn a_place_that_cannot_be_written_is_named() {
     assert!(matches!(error, StoreError::Open { .. }), "{error:?}");
     assert!(error.to_string().contains("missing/consort.sqlite"), "{error}");
 }
+
+#[tokio::test]
+async fn after_a_full_disk_writes_go_on_as_soon_as_there_is_room() {
+    let fixture = fixture().await;
+    // SQLite's own way to have too little room; it is this connection's.
+    sqlx::query("PRAGMA max_page_count = 1").execute(&fixture.store.writer).await.unwrap();
+    let refused = loop {
+        let text = "x".repeat(100_000);
+        let records = [Record::Event { time_ms: 1, text }];
+        if let Err(error) = fixture.store.save_state(&pilot(), "{}", &records).await {
+            break error;
+        }
+    };
+    assert!(matches!(refused, StoreError::Full { .. }), "{refused}");
+    fixture.store.save_state(&pilot(), "{}", &[]).await.unwrap();
+}
