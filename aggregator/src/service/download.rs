@@ -10,6 +10,7 @@ use consort_proto::v1::{
 use tokio::{fs::File, io::AsyncReadExt, sync::mpsc, task::spawn_blocking, time::timeout};
 use tonic::Status;
 
+use super::places::DownloadPlace;
 use crate::driver::{Driver, DriverError, ModelReader};
 
 /// Messages that wait for the transport, per download.
@@ -38,15 +39,18 @@ impl<T> Sender<T> {
     }
 }
 
-/// Streams the chunks of a model from `first_chunk` on.
+/// Streams the chunks of a model from `first_chunk` on. The place is given up once all are queued, or the
+/// receiver is cut: the stream itself may lie there for as long as its connection lives.
 pub(super) fn model(
     driver: &Arc<Driver>,
     reader: ModelReader,
     first_chunk: u32,
+    place: DownloadPlace,
 ) -> Outbound<DownloadModelResponse> {
     let (queue, outbound) = mpsc::channel(QUEUE_MAX);
     let driver = driver.clone();
     driver.clone().spawn_task("download", async move {
+        let _place = place;
         let sender = Sender { queue: queue.clone(), stall: driver.limits().stall() };
         let run = reader.material.name.clone();
         let mut sent = 0;
@@ -89,11 +93,16 @@ async fn send_model(
     Ok(())
 }
 
-/// Streams files, one after the other, under the given names.
-pub(super) fn files(driver: &Arc<Driver>, files: Vec<(String, PathBuf)>) -> Outbound<FilePart> {
+/// Streams files, one after the other, under the given names; `place` is kept as in [`model`].
+pub(super) fn files(
+    driver: &Arc<Driver>,
+    files: Vec<(String, PathBuf)>,
+    place: impl Send + 'static,
+) -> Outbound<FilePart> {
     let (queue, outbound) = mpsc::channel(QUEUE_MAX);
     let sender = Sender { queue: queue.clone(), stall: driver.limits().stall() };
     driver.clone().spawn_task("file download", async move {
+        let _place = place;
         for (name, path) in files {
             if let Err(status) = send_file(&sender, name, &path).await {
                 let _ = queue.try_send(Err(status));

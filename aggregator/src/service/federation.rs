@@ -9,7 +9,11 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{caller, digest, download, next_message, run_name, upload};
+use super::{
+    caller, digest, download, next_message,
+    places::{Downloads, Uploads, no_room},
+    run_name, upload,
+};
 use crate::{
     driver::{Driver, Evaluated, ReadyReport},
     sessions::Daemon,
@@ -23,17 +27,20 @@ const TEXT_CHARACTERS_MAX: usize = 200;
 /// The service for sites.
 pub struct FederationService {
     driver: Arc<Driver>,
-    uploads: Arc<Semaphore>,
-    downloads: Arc<Semaphore>,
+    uploads: Arc<Uploads>,
+    downloads: Downloads,
+    probes: Semaphore,
 }
 
 impl FederationService {
     /// A service over `driver`.
     pub fn new(driver: Arc<Driver>) -> Self {
         let limits = driver.limits();
-        let uploads = Arc::new(Semaphore::new(limits.uploads_max));
-        let downloads = Arc::new(Semaphore::new(limits.downloads_max));
-        Self { driver, uploads, downloads }
+        let uploads = Uploads::new(limits.uploads_max);
+        let downloads = Downloads::new(limits.downloads_max);
+        // A probe is an upload whose bytes go nowhere; those that count do not wait for it.
+        let probes = Semaphore::new(limits.uploads_max);
+        Self { driver, uploads, downloads, probes }
     }
 
     fn site<T>(&self, request: &Request<T>) -> Result<SiteName, Status> {
@@ -44,12 +51,6 @@ impl FederationService {
 /// Text from a client, cut and without control characters, fit for logs and tables.
 fn printable(text: &str) -> String {
     text.chars().filter(|character| !character.is_control()).take(TEXT_CHARACTERS_MAX).collect()
-}
-
-fn no_room(what: &str) -> Status {
-    Status::resource_exhausted(format!(
-        "the aggregator has its maximum of {what} under way; retry in a few seconds"
-    ))
 }
 
 type Outbound<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -130,10 +131,10 @@ impl Federation for FederationService {
         let site = self.site(&request)?;
         let request = request.get_ref();
         let material = self.driver.material_for(&site, &request.session_id, &run_name(&request.run)?).await?;
-        let permit = self.downloads.clone().try_acquire_owned().map_err(|_| no_room("downloads"))?;
+        let place = self.downloads.enter(&site)?;
         let path = self.driver.tokenizer_path(&material.name);
-        let parts = download::files(&self.driver, vec![("tokenizer.json".to_owned(), path)]);
-        Ok(Response::new(holding(permit, ReceiverStream::new(parts))))
+        let parts = download::files(&self.driver, vec![("tokenizer.json".to_owned(), path)], place);
+        Ok(Response::new(Box::pin(ReceiverStream::new(parts))))
     }
 
     async fn report_ready(
@@ -164,9 +165,9 @@ impl Federation for FederationService {
         let request = request.get_ref();
         let run = run_name(&request.run)?;
         let reader = self.driver.model_for(&site, &request.session_id, &run, request.version).await?;
-        let permit = self.downloads.clone().try_acquire_owned().map_err(|_| no_room("downloads"))?;
-        let chunks = download::model(&self.driver, reader, request.first_chunk);
-        Ok(Response::new(holding(permit, ReceiverStream::new(chunks))))
+        let place = self.downloads.enter(&site)?;
+        let chunks = download::model(&self.driver, reader, request.first_chunk, place);
+        Ok(Response::new(Box::pin(ReceiverStream::new(chunks))))
     }
 
     type UploadDeltaStream = Outbound<v1::UploadDeltaResponse>;
@@ -176,15 +177,14 @@ impl Federation for FederationService {
         request: Request<Streaming<v1::UploadDeltaRequest>>,
     ) -> Result<Response<Self::UploadDeltaStream>, Status> {
         let site = self.site(&request)?;
-        let permit = self.uploads.clone().try_acquire_owned().map_err(|_| no_room("uploads"))?;
         let (answers, outbound) = mpsc::channel(ANSWERS_MAX);
-        let driver = self.driver.clone();
+        let (driver, uploads) = (self.driver.clone(), self.uploads.clone());
         let stream = request.into_inner();
         self.driver.spawn_task("upload", async move {
-            let _permit = permit;
-            if let Err(status) = upload::receive(&driver, &site, stream, &answers).await {
+            if let Err(status) = upload::receive(&driver, &uploads, &site, stream, &answers).await {
                 tracing::info!(%site, code = ?status.code(), reason = status.message(), "upload ended");
-                let _ = answers.send(Err(status)).await;
+                // A full queue is one that the caller does not read.
+                let _ = answers.try_send(Err(status));
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(outbound))))
@@ -235,7 +235,7 @@ impl Federation for FederationService {
         request: Request<Streaming<v1::ProbeRequest>>,
     ) -> Result<Response<v1::ProbeResponse>, Status> {
         let site = self.site(&request)?;
-        let _permit = self.uploads.try_acquire().map_err(|_| no_room("uploads"))?;
+        let _permit = self.probes.try_acquire().map_err(|_| no_room("probes"))?;
         let mut stream = request.into_inner();
         let mut bytes_received = 0;
         while let Some(message) = next_message(&mut stream, self.driver.limits().stall()).await? {
@@ -265,14 +265,3 @@ impl Federation for FederationService {
 
 /// Most that one probe may send.
 const PROBE_BYTES_MAX: u64 = 64 << 20;
-
-/// A stream that holds its permit until it ends or is dropped.
-fn holding<T: Send + 'static>(
-    permit: tokio::sync::OwnedSemaphorePermit,
-    stream: impl Stream<Item = Result<T, Status>> + Send + 'static,
-) -> Outbound<T> {
-    Box::pin(stream.map(move |item| {
-        let _ = &permit;
-        item
-    }))
-}

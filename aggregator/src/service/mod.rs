@@ -3,6 +3,7 @@
 mod download;
 mod federation;
 mod operator;
+mod places;
 mod upload;
 
 use std::time::Duration;

@@ -224,6 +224,6 @@ impl Operator for OperatorService {
         let request = request.get_ref();
         let run = run_name(&request.run)?;
         let files = views::checkpoint_files(&self.driver, &run, request.version).await?;
-        Ok(Response::new(Box::pin(ReceiverStream::new(download::files(&self.driver, files)))))
+        Ok(Response::new(Box::pin(ReceiverStream::new(download::files(&self.driver, files, ())))))
     }
 }

@@ -3,17 +3,21 @@
 //!
 //! Memory per upload: one message, one decoded chunk.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use consort_common::ids::{DeltaId, Digest, SiteName};
 use consort_proto::v1::{
     ChunkAcknowledged, DeltaBegin, DeltaChunk, DeltaFinish, UploadAccepted, UploadDeltaRequest,
     UploadDeltaResponse, UploadResume, upload_delta_request as request, upload_delta_response as response,
 };
-use tokio::{sync::mpsc, task::spawn_blocking};
+use tokio::{sync::mpsc, task::spawn_blocking, time::timeout};
 use tonic::{Status, Streaming};
 
-use super::{digest, next_message, run_name};
+use super::{
+    digest, next_message,
+    places::{UploadPlace, Uploads},
+    run_name,
+};
 use crate::{
     driver::{Driver, DriverError, UploadTicket},
     engine::ContributionFacts,
@@ -29,6 +33,7 @@ pub(super) type Answers = mpsc::Sender<Result<UploadDeltaResponse, Status>>;
 /// The status that the caller is to be told.
 pub(super) async fn receive(
     driver: &Arc<Driver>,
+    uploads: &Arc<Uploads>,
     site: &SiteName,
     mut stream: Streaming<UploadDeltaRequest>,
     answers: &Answers,
@@ -40,26 +45,31 @@ pub(super) async fn receive(
         return Err(Status::invalid_argument("an upload starts with `begin`"));
     };
     let Some(ticket) = ticket(driver, site, &begin).await? else {
-        return answer(answers, response::Part::Accepted(UploadAccepted { duplicate: true })).await;
+        return answer(answers, stall, response::Part::Accepted(UploadAccepted { duplicate: true })).await;
     };
-    let mut upload = Upload::resume(driver, ticket, begin.total_bytes).await?;
+    let place = uploads.enter(site)?;
+    let mut upload = place.exclusively(Upload::resume(driver, ticket, begin.total_bytes)).await?;
     let held = upload.held.iter().copied().collect();
-    answer(answers, response::Part::Resume(UploadResume { held })).await?;
+    answer(answers, stall, response::Part::Resume(UploadResume { held })).await?;
 
     loop {
-        let part = match next_message(&mut stream, stall).await? {
+        let message = tokio::select! {
+            message = next_message(&mut stream, stall) => message?,
+            status = place.superseded() => return Err(status),
+        };
+        let part = match message {
             Some(message) => message.part,
             None => return Err(Status::cancelled("the upload ended before `finish`; reconnect and resume")),
         };
         match part {
             Some(request::Part::Chunk(chunk)) => {
                 let index = chunk.index;
-                upload.receive_chunk(driver, chunk).await?;
-                answer(answers, response::Part::Acknowledged(ChunkAcknowledged { index })).await?;
+                upload.receive_chunk(driver, &place, chunk).await?;
+                answer(answers, stall, response::Part::Acknowledged(ChunkAcknowledged { index })).await?;
             }
             Some(request::Part::Finish(finish)) => {
-                let duplicate = upload.finish(driver, &finish).await?;
-                return answer(answers, response::Part::Accepted(UploadAccepted { duplicate })).await;
+                let duplicate = place.exclusively(upload.finish(driver, &finish)).await?;
+                return answer(answers, stall, response::Part::Accepted(UploadAccepted { duplicate })).await;
             }
             Some(request::Part::Begin(_)) | None => {
                 return Err(Status::invalid_argument("after `begin` come chunks, then `finish`"));
@@ -68,9 +78,12 @@ pub(super) async fn receive(
     }
 }
 
-async fn answer(answers: &Answers, part: response::Part) -> Result<(), Status> {
+async fn answer(answers: &Answers, stall: Duration, part: response::Part) -> Result<(), Status> {
     let message = UploadDeltaResponse { part: Some(part) };
-    answers.send(Ok(message)).await.map_err(|_| Status::cancelled("the caller went away"))
+    match timeout(stall, answers.send(Ok(message))).await {
+        Ok(sent) => sent.map_err(|_| Status::cancelled("the caller went away")),
+        Err(_) => Err(Status::cancelled(format!("no answer was read for {} s", stall.as_secs()))),
+    }
 }
 
 /// What the aggregator knows of the delta that is announced; none if it was accepted before.
@@ -128,6 +141,8 @@ struct Upload {
 
 impl Upload {
     async fn resume(driver: &Arc<Driver>, ticket: UploadTicket, total_bytes: u64) -> Result<Self, Status> {
+        // Asked again: the site's last upload may have been accepted meanwhile, and what counts must stay.
+        driver.check_upload_open(&ticket).await?;
         let spool = driver.spool();
         let (reader, key) = (spool.clone(), ticket.key.clone());
         let held = blocking(move || {
@@ -145,7 +160,12 @@ impl Upload {
         })
     }
 
-    async fn receive_chunk(&mut self, driver: &Arc<Driver>, chunk: DeltaChunk) -> Result<(), Status> {
+    async fn receive_chunk(
+        &mut self,
+        driver: &Arc<Driver>,
+        place: &UploadPlace,
+        chunk: DeltaChunk,
+    ) -> Result<(), Status> {
         let DeltaChunk { index, payload, digest: announced } = chunk;
         let length = self.ticket.material.plan.length(index);
         let length = length.map_err(|error| Status::invalid_argument(error.to_string()))?;
@@ -163,9 +183,8 @@ impl Upload {
             ))
         })?;
         let announced = digest("chunk digest", &announced)?;
-        driver.check_upload_open(&self.ticket).await?;
-        let (spool, key) = (self.spool.clone(), self.ticket.key.clone());
-        blocking(move || -> Result<(), DriverError> {
+        let (spool, ticket, key) = (self.spool.clone(), &self.ticket, self.ticket.key.clone());
+        let store = blocking(move || -> Result<(), DriverError> {
             if Digest::of(&payload) != announced {
                 return Err(DriverError::DamagedChunk { index });
             }
@@ -174,8 +193,13 @@ impl Upload {
                 .decode(&payload, &mut values)
                 .map_err(|source| DriverError::Undecodable { index, source })?;
             spool.put(&key, index, &payload, announced).map_err(DriverError::from)
-        })
-        .await?;
+        });
+        place
+            .exclusively(async {
+                driver.check_upload_open(ticket).await?;
+                store.await
+            })
+            .await?;
         self.held.insert(index);
         self.bytes_received += bytes;
         Ok(())
