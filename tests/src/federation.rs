@@ -4,9 +4,10 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Command, ExitStatus, Output},
 };
 
+use consort_common::ids::Digest;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -56,6 +57,26 @@ impl TestFederation {
     /// The aggregator's state directory.
     pub fn aggregator_state(&self) -> PathBuf {
         self.kit("aggregator-main").join("state")
+    }
+
+    /// What the aggregator has stored of runs, models and deltas: every file with its content's BLAKE3.
+    pub fn stored(&self) -> BTreeMap<PathBuf, Digest> {
+        let mut stored = BTreeMap::new();
+        let mut folders: Vec<PathBuf> =
+            ["runs", "models", "spool"].map(|name| self.aggregator_state().join(name)).to_vec();
+        while let Some(folder) = folders.pop() {
+            // A folder may not be there yet.
+            for entry in fs::read_dir(&folder).into_iter().flatten() {
+                let path = entry.expect("the folder can be read").path();
+                if path.is_dir() {
+                    folders.push(path);
+                } else {
+                    let bytes = fs::read(&path).expect("the file can be read");
+                    stored.insert(path, Digest::of(&bytes));
+                }
+            }
+        }
+        stored
     }
 
     /// A site's state directory.
@@ -116,6 +137,11 @@ impl TestFederation {
         self.aggregator.take().expect("the aggregator runs").kill();
     }
 
+    /// SIGTERM to the aggregator, and its exit status.
+    pub fn terminate_aggregator(&mut self) -> ExitStatus {
+        self.aggregator.take().expect("the aggregator runs").terminate()
+    }
+
     /// The aggregator's process.
     pub fn aggregator(&mut self) -> &mut Process {
         self.aggregator.as_mut().expect("the aggregator runs")
@@ -135,7 +161,10 @@ impl TestFederation {
                 .arg("--config")
                 .arg(kit.join("client.toml"))
                 .env("CONSORT_CLIENT_ENDPOINT", self.endpoint())
-                .env("CONSORT_CLIENT_DEVICE__KIND", std::env::var("CONSORT_TEST_DEVICE").unwrap_or("cpu".to_owned()))
+                .env(
+                    "CONSORT_CLIENT_DEVICE__KIND",
+                    std::env::var("CONSORT_TEST_DEVICE").unwrap_or("cpu".to_owned()),
+                )
                 .env("CONSORT_CLIENT_DEVICE__THREADS", "1")
                 .env("CONSORT_CLIENT_TRAINING__CHECKPOINT_SECONDS", "1"),
             &self.path().join(format!("{site}.log")),
@@ -146,6 +175,11 @@ impl TestFederation {
     /// SIGKILL to a site's daemon.
     pub fn kill_client(&mut self, site: &str) {
         self.clients.remove(site).expect("the client runs").kill();
+    }
+
+    /// SIGTERM to a site's daemon, and its exit status.
+    pub fn terminate_client(&mut self, site: &str) -> ExitStatus {
+        self.clients.remove(site).expect("the client runs").terminate()
     }
 
     /// A site's daemon.

@@ -5,7 +5,10 @@
 
 pub mod binaries;
 pub mod federation;
+pub mod forgery;
+pub mod phases;
 pub mod process;
+pub mod raw;
 pub mod texts;
 
 pub use self::{federation::TestFederation, process::Process};

@@ -12,6 +12,7 @@ pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Pause between two looks at a condition that nothing announces.
 const POLL: Duration = Duration::from_millis(20);
+const POLL_CLOSE: Duration = Duration::from_micros(500);
 
 /// A running child process. Dropping it kills it.
 pub struct Process {
@@ -62,6 +63,14 @@ impl Process {
         self.child.id()
     }
 
+    /// The most memory that it had resident so far, in bytes.
+    pub fn peak_memory_bytes(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.id())).expect("Linux has /proc");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a process has a peak");
+        let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse().expect("the peak is a number");
+        kibibytes * 1024
+    }
+
     /// Everything that it has printed.
     pub fn output(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
@@ -91,13 +100,22 @@ impl Drop for Process {
 }
 
 /// Looks until `look` finds something.
-pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+pub fn wait_for<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
+    wait(what, POLL, look)
+}
+
+/// The same for what does not last, with a `look` that costs little.
+pub fn wait_closely_for<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
+    wait(what, POLL_CLOSE, look)
+}
+
+fn wait<T>(what: &str, pause: Duration, mut look: impl FnMut() -> Option<T>) -> T {
     let begin = Instant::now();
     loop {
         if let Some(found) = look() {
             return found;
         }
         assert!(begin.elapsed() < PATIENCE, "waited {} s for {what}", PATIENCE.as_secs());
-        std::thread::sleep(POLL);
+        std::thread::sleep(pause);
     }
 }

@@ -39,7 +39,7 @@ fn python() -> Option<PathBuf> {
     let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
     let output = Command::new("python3")
         .arg(tests.join("interop/environment.py"))
-        .arg(tests.join("../.cache/venv"))
+        .arg(tests.parent().expect("the workspace holds this package").join(".cache/venv"))
         .stderr(Stdio::inherit())
         .output();
     let output = match output {

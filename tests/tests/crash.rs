@@ -1,0 +1,258 @@
+//! `kill -9` at any instant loses nothing that was acknowledged and changes nothing in the result.
+//!
+//! Full participation, CPU, fp32: every version of the global model, and every checkpoint, must be the same
+//! bits as without any kill.
+
+use std::time::Duration;
+
+use consort_tests::{
+    TestFederation,
+    federation::tiny_spec,
+    phases::Files,
+    process::{wait_closely_for, wait_for},
+    texts,
+};
+use rand::{Rng, SeedableRng, seq::IndexedRandom};
+use rand_chacha::ChaCha8Rng;
+use serde_json::Value;
+
+const SITES: [&str; 2] = ["bank", "lab"];
+const RUN: &str = "killed";
+
+/// Rounds of about a second.
+fn spec(rounds: u32) -> String {
+    tiny_spec(RUN, rounds, 2).replace("local_steps = 8", "local_steps = 60")
+}
+
+fn start(federation: &mut TestFederation, spec: &str) {
+    federation.start_aggregator();
+    federation.start_run(spec);
+    for site in SITES {
+        federation.start_client(site);
+    }
+}
+
+/// What a run leaves.
+#[derive(Debug, PartialEq, Eq)]
+struct Outcome {
+    /// Digest of each version, in order.
+    versions: Vec<String>,
+    /// The published checkpoints that are kept, with the digest of each file.
+    checkpoints: Vec<(String, Vec<(String, String)>)>,
+}
+
+/// The rounds of the run, ascending.
+fn rounds(federation: &TestFederation) -> Vec<Value> {
+    federation.json(&["rounds", "list", RUN])["rounds"].as_array().expect("a list of rounds").clone()
+}
+
+/// What the run leaves, once it is finished and its last version is published.
+fn outcome(federation: &TestFederation) -> Outcome {
+    federation.wait_for_run(RUN, "the run to finish", |run| (run["status"] == "finished").then_some(()));
+    let rounds = rounds(federation);
+    let last = rounds.last().expect("a run has rounds")["round"].clone();
+    let checkpoints = wait_for("the last checkpoint", || {
+        let list = federation.json(&["checkpoints", "list", RUN]);
+        let checkpoints = list["checkpoints"].as_array().expect("a list of checkpoints").clone();
+        checkpoints.last().is_some_and(|checkpoint| checkpoint["version"] == last).then_some(checkpoints)
+    });
+    let text = |value: &Value| value.as_str().expect("a text").to_owned();
+    Outcome {
+        versions: rounds.iter().map(|round| text(&round["digest"])).collect(),
+        checkpoints: checkpoints
+            .iter()
+            .map(|checkpoint| (checkpoint["version"].to_string(), files(&text(&checkpoint["path"]))))
+            .collect(),
+    }
+}
+
+/// How long a round of the finished run took, on average.
+fn round_ms(federation: &TestFederation) -> u64 {
+    let rounds = rounds(federation);
+    let moment = |round: Option<&Value>, name: &str| round.and_then(|round| round[name].as_u64());
+    let begin = moment(rounds.first(), "started_unix_ms").expect("a round began");
+    let end = moment(rounds.last(), "committed_unix_ms").expect("a round was committed");
+    (end - begin) / rounds.len() as u64
+}
+
+/// The files of a checkpoint with their digests, by name.
+fn files(checkpoint: &str) -> Vec<(String, String)> {
+    let entries = std::fs::read_dir(checkpoint).expect("the checkpoint is there");
+    let mut files: Vec<(String, String)> = entries
+        .map(|entry| {
+            let entry = entry.expect("the checkpoint can be read");
+            let bytes = std::fs::read(entry.path()).expect("the checkpoint can be read");
+            (entry.file_name().to_string_lossy().into_owned(), blake3::hash(&bytes).to_string())
+        })
+        .collect();
+    files.sort();
+    files
+}
+
+/// What the same run leaves when nobody is killed.
+fn undisturbed(spec: &str, prepare: impl FnOnce(&TestFederation)) -> Outcome {
+    let mut federation = TestFederation::new(&SITES);
+    prepare(&federation);
+    start(&mut federation, spec);
+    outcome(&federation)
+}
+
+/// Kills `victim` and starts it again; `look` sees what it left.
+fn kill<T>(federation: &mut TestFederation, victim: &str, look: impl FnOnce() -> T) -> T {
+    if victim == "aggregator" {
+        federation.kill_aggregator();
+        let seen = look();
+        federation.start_aggregator();
+        seen
+    } else {
+        federation.kill_client(victim);
+        let seen = look();
+        federation.start_client(victim);
+        seen
+    }
+}
+
+#[test]
+fn ten_random_kills_change_no_bit_of_any_version() {
+    const KILLS: u64 = 10;
+    let given = std::env::var("CONSORT_KILL_SEED").ok();
+    let seed = given.map_or_else(rand::random, |seed| seed.parse().expect("CONSORT_KILL_SEED is a number"));
+    println!("replay with CONSORT_KILL_SEED={seed}");
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    // A kill comes in the round of its number or, as it waits for up to one round, some rounds later.
+    let spec = spec(16);
+    let mut quiet = TestFederation::new(&SITES);
+    start(&mut quiet, &spec);
+    let expected = outcome(&quiet);
+    let round_ms = round_ms(&quiet);
+    drop(quiet);
+
+    let mut federation = TestFederation::new(&SITES);
+    start(&mut federation, &spec);
+    for number in 1..=KILLS {
+        federation.wait_for_run(RUN, &format!("round {number}"), |run| {
+            (run["round"].as_u64()? >= number).then_some(())
+        });
+        // The instant is the fault that is injected, not a wait for something.
+        std::thread::sleep(Duration::from_millis(random.random_range(0..round_ms)));
+        let victim = ["aggregator", "bank", "lab"].choose(&mut random).expect("there are three");
+        let run = federation.json(&["runs", "show", RUN]);
+        println!("kill {number}: {victim} in round {}, {}", run["round"], run["phase"]);
+        assert_eq!(run["status"], "active", "a kill came too late to matter; make the run longer");
+        kill(&mut federation, victim, || ());
+    }
+    assert_eq!(outcome(&federation), expected);
+}
+
+/// Long enough phases on a loopback connection: 1.4 million parameters in 350 chunks, two seconds of
+/// training, one of evaluation.
+fn large_spec() -> String {
+    tiny_spec(RUN, 4, 2)
+        .replace("hidden_size = 32", "hidden_size = 256")
+        .replace("intermediate_size = 64", "intermediate_size = 512")
+        .replace("local_steps = 8", "local_steps = 40")
+        .replace("tokens_max = 2000", "tokens_max = 8000\nheld_out_fraction = 0.2")
+}
+
+/// Enough text for the bank's preparation to be caught.
+fn much_text(federation: &TestFederation) {
+    texts::write(&federation.kit("site-bank").join("data"), 0, 40_000);
+}
+
+/// Whether the files tell that a process is in a phase.
+type InPhase = fn(&Files) -> bool;
+
+/// Kills `victim` whenever it is seen in the phase, until it has died in it.
+fn kill_in(federation: &mut TestFederation, spec: &str, victim: &str, phase: &str, is_in: InPhase) {
+    // A phase may be over between the look and the kill.
+    const KILLS_MAX: u32 = 20;
+    let files = Files::new(federation, "bank", spec);
+    for _ in 0..KILLS_MAX {
+        wait_closely_for(&format!("the {victim}, {phase}"), || is_in(&files).then_some(()));
+        let hit = kill(federation, victim, || is_in(&files));
+        println!("killed the {victim}, {phase}{}", if hit { "" } else { " (a moment after)" });
+        if hit {
+            return;
+        }
+    }
+    panic!("the {victim} was never caught {phase}");
+}
+
+#[test]
+fn a_client_killed_in_every_phase_of_a_round_goes_on_to_the_same_bits() {
+    let phases: [(&str, InPhase); 6] = [
+        ("preparing its text", Files::preparing),
+        ("downloading the model", Files::downloading),
+        ("evaluating it", Files::evaluating),
+        ("training", Files::training),
+        ("uploading its delta", Files::uploading),
+        ("evaluating the last version", Files::evaluating_last),
+    ];
+    let spec = large_spec();
+    let mut federation = TestFederation::new(&SITES);
+    much_text(&federation);
+    start(&mut federation, &spec);
+    for (phase, is_in) in phases {
+        kill_in(&mut federation, &spec, "bank", phase, is_in);
+    }
+    assert_eq!(outcome(&federation), undisturbed(&spec, much_text));
+}
+
+#[test]
+fn an_aggregator_killed_in_every_phase_of_a_round_goes_on_to_the_same_bits() {
+    let phases: [(&str, InPhase); 5] = [
+        ("waiting for a site to train", Files::training),
+        ("receiving a delta", Files::uploading),
+        ("reducing", Files::reducing),
+        ("publishing a checkpoint", Files::publishing),
+        ("waiting for the last evaluation", Files::evaluating_last),
+    ];
+    let spec = large_spec();
+    let mut federation = TestFederation::new(&SITES);
+    federation.start_aggregator();
+    federation.start_run(&spec);
+    let phase = federation.json(&["runs", "show", RUN])["phase"].clone();
+    assert_eq!(phase, "waiting");
+    kill(&mut federation, "aggregator", || ());
+    println!("killed the aggregator, waiting for sites");
+    for site in SITES {
+        federation.start_client(site);
+    }
+    for (phase, is_in) in phases {
+        kill_in(&mut federation, &spec, "aggregator", phase, is_in);
+    }
+    assert_eq!(outcome(&federation), undisturbed(&spec, |_| ()));
+}
+
+/// A run must not depend on what died where between two rounds either.
+#[test]
+fn all_processes_killed_at_once_go_on_where_they_were() {
+    let spec = spec(4);
+    let mut federation = TestFederation::new(&SITES);
+    start(&mut federation, &spec);
+    federation.wait_for_run(RUN, "a committed round", |run| (run["version"].as_u64()? >= 1).then_some(()));
+    federation.kill_aggregator();
+    for site in SITES {
+        federation.kill_client(site);
+    }
+    federation.start_aggregator();
+    let restored: Value = federation.json(&["runs", "show", RUN]);
+    assert!(restored["version"].as_u64() >= Some(1), "a committed round was lost: {restored}");
+    for site in SITES {
+        federation.start_client(site);
+    }
+    assert_eq!(outcome(&federation), undisturbed(&spec, |_| ()));
+}
+
+#[test]
+fn sigterm_stops_both_daemons_cleanly_and_the_run_goes_on_after() {
+    let spec = spec(4);
+    let mut federation = TestFederation::new(&SITES);
+    start(&mut federation, &spec);
+    federation.wait_for_run(RUN, "the first round", |run| (run["phase"] == "training").then_some(()));
+    assert!(federation.terminate_client("bank").success());
+    assert!(federation.terminate_aggregator().success());
+    federation.start_aggregator();
+    federation.start_client("bank");
+    assert_eq!(outcome(&federation), undisturbed(&spec, |_| ()));
+}
