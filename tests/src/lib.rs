@@ -6,7 +6,6 @@
 pub mod binaries;
 pub mod federation;
 pub mod forgery;
-pub mod phases;
 pub mod process;
 pub mod raw;
 pub mod texts;
