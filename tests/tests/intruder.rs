@@ -356,7 +356,7 @@ async fn a_session_of_the_aggregator_before_its_restart_is_unknown() {
     let refused = loop {
         match bank.report_ready("pilot").await {
             Err(status) if status.code() != Code::Aborted => {
-                tokio::time::sleep(Duration::from_millis(20)).await
+                tokio::time::sleep(Duration::from_millis(20)).await;
             }
             other => break other,
         }

@@ -5,7 +5,10 @@ use std::{pin::Pin, sync::Arc};
 use consort_common::{identity::Role, ids::SiteName, units::unix_ms_now};
 use consort_proto::{PROTOCOL_VERSION, v1, v1::federation_server::Federation};
 use futures::{Stream, StreamExt};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::{
+    sync::{Semaphore, mpsc},
+    time::timeout,
+};
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tonic::{Request, Response, Status, Streaming};
 
@@ -183,8 +186,8 @@ impl Federation for FederationService {
         self.driver.spawn_task("upload", async move {
             if let Err(status) = upload::receive(&driver, &uploads, &site, stream, &answers).await {
                 tracing::info!(%site, code = ?status.code(), reason = status.message(), "upload ended");
-                // A full queue is one that the caller does not read.
-                let _ = answers.try_send(Err(status));
+                // Lost on a caller that went away, or that reads nothing.
+                let _ = timeout(driver.limits().stall(), answers.send(Err(status))).await;
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(outbound))))
