@@ -60,16 +60,19 @@ impl Files {
         self.site_files().iter().any(|name| name == "training.checkpoint")
     }
 
-    /// The aggregator holds some chunks of the site's delta for a round, and not all.
+    /// The aggregator holds some chunks of the site's delta for a round that is not reduced, and not all.
     pub fn uploading(&self) -> bool {
-        let rounds = self.aggregator_state.join("spool").join(self.spec.name.as_str());
+        let run = self.spec.name.as_str();
+        let rounds = self.aggregator_state.join("spool").join(run);
         let chunks = self.spec.chunk_plan().chunks() as usize;
         entries(&rounds).iter().any(|round| {
             let site = rounds.join(round).join(&self.site);
-            entries(&site).iter().any(|delta| {
+            let some = entries(&site).iter().any(|delta| {
                 let held = entries(&site.join(delta)).iter().filter(|name| name.ends_with(".chunk")).count();
                 (1..chunks).contains(&held)
-            })
+            });
+            // What a reduced round leaves in the spool is on its way out.
+            some && !self.aggregator_state.join("models").join(run).join(round).exists()
         })
     }
 
