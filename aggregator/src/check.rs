@@ -1,5 +1,5 @@
 //! `consort-aggregator --check`: what would keep this configuration from serving, and the effective
-//! settings. Changes nothing but a probe file that it removes.
+//! settings. Creates the state directory, and removes the probe file that it writes there.
 
 use std::{fs, net::TcpListener, path::Path, time::SystemTime};
 
@@ -34,11 +34,13 @@ pub fn run(config: &Config) -> bool {
 fn credentials(config: &Config) -> Result<String, String> {
     let credentials = Credentials::load(&config.tls).map_err(|error| error.to_string())?;
     let credentials = credentials.require_role(Role::Aggregator).map_err(|error| error.to_string())?;
-    if let Some(warning) = credentials.warnings().first() {
-        return Err(warning.clone());
-    }
     let left = credentials.validity().not_after.duration_since(SystemTime::now()).unwrap_or_default();
-    Ok(format!("{}, valid for {} more days", credentials.identity(), left.as_secs() / 86_400))
+    let warnings: String =
+        credentials.warnings().iter().map(|warning| format!("\n      warning: {warning}")).collect();
+    if left.is_zero() {
+        return Err(format!("{} has expired{warnings}", credentials.identity()));
+    }
+    Ok(format!("{}, valid for {} more days{warnings}", credentials.identity(), left.as_secs() / 86_400))
 }
 
 fn state_directory(path: &Path) -> Result<String, String> {

@@ -123,7 +123,8 @@ impl Config {
         }
         let mut config: Self = Figment::from(Serialized::defaults(Self::default()))
             .merge(Toml::file_exact(path))
-            .merge(Env::prefixed(ENVIRONMENT_PREFIX).split("__"))
+            // CONSORT_AGGREGATOR_CONFIG names the file itself.
+            .merge(Env::prefixed(ENVIRONMENT_PREFIX).ignore(&["config"]).split("__"))
             .extract()
             .map_err(|errors| ConfigError::Invalid {
                 path: path.to_owned(),

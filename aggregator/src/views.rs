@@ -191,6 +191,9 @@ impl Watch {
 
     /// One look at the run.
     pub async fn snapshot(&mut self, driver: &Arc<Driver>) -> Result<v1::RunSnapshot, DriverError> {
+        // The state first: a snapshot that says that the run is over is the last, and must have all that
+        // was recorded until then.
+        let live = driver.core().await.run(&self.run)?.clone();
         let row = run_row(driver, &self.run).await?;
         let evaluations = by_version(&driver.store().evaluations(&self.run).await?);
         let limit = if self.begun { EVENTS_MAX } else { FIRST_EVENTS };
@@ -199,11 +202,9 @@ impl Watch {
         self.begun = true;
         self.last_event = events.last().map_or(self.last_event, |event| event.id);
 
-        let core = driver.core().await;
-        let live = core.run(&self.run)?;
         let now = unix_ms_now();
         Ok(v1::RunSnapshot {
-            run: Some(summary(live, &row, newest_loss(&evaluations))),
+            run: Some(summary(&live, &row, newest_loss(&evaluations))),
             waiting_for: live.run.waiting_for(&live.material.rounds, now),
             deadline_unix_ms: live.run.deadline_ms().unwrap_or_default(),
             clients,

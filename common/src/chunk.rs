@@ -18,7 +18,7 @@ pub struct ChunkPlan {
     chunk_parameters: u32,
 }
 
-/// A byte count that does not fit the plan's.
+/// A chunk that the plan does not have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("chunk {index} does not exist: the model has {chunks} chunks, numbered from 0")]
 pub struct NoSuchChunk {

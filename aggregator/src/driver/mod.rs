@@ -95,7 +95,7 @@ pub struct UploadTicket {
 }
 
 /// One run as the driver holds it.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct LiveRun {
     /// What does not change.
     pub material: Arc<RunMaterial>,
@@ -566,7 +566,11 @@ impl Driver {
         }
     }
 
+    /// When the aggregator stops, all streams end; that says nothing about the sites.
     async fn site_gone(self: &Arc<Self>, site: &SiteName) {
+        if self.stopping.is_cancelled() {
+            return;
+        }
         let mut core = self.core.lock().await;
         if core.sessions.get(site).is_some_and(crate::sessions::Session::connected) {
             return; // it has joined again, and this was its old stream
@@ -821,6 +825,18 @@ impl Driver {
                 tracing::error!(%run, %error, "{down} bytes down and {up} bytes up were not counted");
             }
         });
+    }
+
+    /// Makes a change to its end, though the caller goes away meanwhile: a call that is dropped between the
+    /// commit and what follows it would leave the database and the memory apart.
+    ///
+    /// # Errors
+    /// Those of the change.
+    pub async fn to_its_end<T: Send + 'static>(
+        &self,
+        change: impl Future<Output = Result<T, DriverError>> + Send + 'static,
+    ) -> Result<T, DriverError> {
+        self.tasks.spawn(change).await.map_err(|_| DriverError::TaskFailed("the call"))?
     }
 
     /// Runs a task until the aggregator stops; it may be cut at any await.

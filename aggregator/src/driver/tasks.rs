@@ -45,8 +45,9 @@ impl Driver {
                     Event::ReduceFailed { round, reason: error.to_string() }
                 }
             };
-            driver.release(&Work::Reduce(material.name.clone(), round));
+            // The claim goes after the event: until then nothing may write the same version again.
             driver.record_reduction(&material.name, event).await;
+            driver.release(&Work::Reduce(material.name.clone(), round));
         });
     }
 
@@ -121,6 +122,9 @@ impl Driver {
         let (driver, material) = (self.clone(), material.clone());
         self.tasks.spawn(async move {
             while let Err(error) = driver.publish(&material, version).await {
+                if !driver.is_to_be_published(&material.name, version).await {
+                    break;
+                }
                 tracing::error!(run = %material.name, version, %error, "the checkpoint could not be published; trying again in {} s", PUBLISH_RETRY.as_secs());
                 tokio::select! {
                     () = tokio::time::sleep(PUBLISH_RETRY) => (),
@@ -140,33 +144,28 @@ impl Driver {
         let run = &material.name;
         tracing::info!(%run, version, path = %directory.display(), "checkpoint published");
         let row = CheckpointRow { version, path: directory, bytes, created_ms: unix_ms_now(), digest };
-        let retired = self.retired_checkpoints(material, version).await?;
-        let mut records = vec![Record::Checkpoint(row)];
-        records.extend(retired.iter().map(|checkpoint| Record::CheckpointRetired(checkpoint.version)));
-        {
+        let mut records = vec![Record::Checkpoint(row.clone())];
+        let retired = {
             let mut core = self.core.lock().await;
+            let retired =
+                retired_checkpoints(self.store.checkpoints(run).await?, row, material.spec.checkpoints.keep);
+            records.extend(retired.iter().map(|checkpoint| Record::CheckpointRetired(checkpoint.version)));
             self.apply_with(&mut core, run, Event::Published { version }, records).await?;
-        }
+            retired
+        };
         // The rows went first: a row never names a directory that is gone.
         for checkpoint in retired {
-            let removed = tokio::fs::remove_dir_all(&checkpoint.path).await;
-            removed.map_err(|source| write_error(&checkpoint.path, source))?;
+            if let Err(error) = tokio::fs::remove_dir_all(&checkpoint.path).await {
+                let path = checkpoint.path.display();
+                tracing::warn!(%run, %path, %error, "a retired checkpoint's folder was not deleted; delete it by hand");
+            }
         }
         Ok(())
     }
 
-    /// The checkpoints that the specification does not keep beside `version`.
-    async fn retired_checkpoints(
-        &self,
-        material: &RunMaterial,
-        version: u32,
-    ) -> Result<Vec<CheckpointRow>, DriverError> {
-        let keep = material.spec.checkpoints.keep as usize;
-        let mut others = self.store.checkpoints(&material.name).await?;
-        others.retain(|checkpoint| checkpoint.version != version);
-        let kept = if keep == 0 { others.len() } else { keep - 1 };
-        others.truncate(others.len().saturating_sub(kept));
-        Ok(others)
+    async fn is_to_be_published(&self, run: &RunName, version: u32) -> bool {
+        let core = self.core.lock().await;
+        core.run(run).is_ok_and(|live| live.run.state().unpublished.contains(&version))
     }
 
     fn write_checkpoint(
@@ -253,6 +252,21 @@ impl Driver {
     }
 }
 
+/// What the specification does not keep (`keep` newest; 0: all) of the published checkpoints and `new`,
+/// which may be older than some: it may have been tried for long.
+fn retired_checkpoints(
+    mut published: Vec<CheckpointRow>,
+    new: CheckpointRow,
+    keep: u32,
+) -> Vec<CheckpointRow> {
+    published.retain(|checkpoint| checkpoint.version != new.version);
+    published.push(new);
+    published.sort_by_key(|checkpoint| checkpoint.version);
+    let kept = if keep == 0 { published.len() } else { keep as usize };
+    published.truncate(published.len().saturating_sub(kept));
+    published
+}
+
 /// Work that must not be under way twice.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Work {
@@ -270,4 +284,28 @@ fn end_of_text(spec: &TokenizerSpec, tokenizer_json: &str) -> Result<(String, u3
         serde_json::from_str(tokenizer_json).map_err(|error| DriverError::Tokenizer(error.to_string()))?;
     let id = token_id(&json, text).ok_or_else(|| DriverError::Tokenizer(format!("has no token {text:?}")))?;
     Ok((text.to_owned(), id))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_that_was_published_late_does_not_retire_a_newer_one() {
+        let row = |version: u32| CheckpointRow {
+            version,
+            path: PathBuf::new(),
+            bytes: 0,
+            created_ms: 0,
+            digest: consort_common::ids::Digest::of(b""),
+        };
+        let check = |published: &[u32], new, keep, expected: &[u32]| {
+            let retired = retired_checkpoints(published.iter().copied().map(row).collect(), row(new), keep);
+            assert_eq!(retired.iter().map(|row| row.version).collect::<Vec<_>>(), expected);
+        };
+        check(&[4], 3, 1, &[3]);
+        check(&[1, 2, 3], 4, 3, &[1]);
+        check(&[1, 2], 2, 3, &[]);
+        check(&[1, 2, 3], 4, 0, &[]);
+    }
 }

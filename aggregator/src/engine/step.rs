@@ -112,8 +112,8 @@ impl Turn<'_> {
             Phase::Training(training) => {
                 training.deadline_ms = self.plan.deadline_ms().map(|ms| self.now.saturating_add(ms));
                 let ready = &self.run.roster.ready;
-                // With nobody connected the aggregator has just restarted, which says nothing about sites.
-                if !ready.is_empty() {
+                // Shortly after a restart, that a site is not connected says nothing about it.
+                if !ready.is_empty() && self.run.roster.patient_until_ms == 0 {
                     self.replace(|site, run| !run.roster.ready.contains(site));
                 }
             }

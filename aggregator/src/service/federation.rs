@@ -78,7 +78,8 @@ impl Federation for FederationService {
             device: printable(&request.device),
             software_version: printable(&request.software_version),
         };
-        let session_id = self.driver.join(&site, daemon).await?;
+        let (driver, name) = (self.driver.clone(), site.clone());
+        let session_id = self.driver.to_its_end(async move { driver.join(&name, daemon).await }).await?;
         Ok(Response::new(v1::JoinResponse {
             session_id: session_id.to_vec(),
             server_time_unix_ms: unix_ms_now(),
@@ -95,7 +96,9 @@ impl Federation for FederationService {
         request: Request<v1::WaitForAssignmentRequest>,
     ) -> Result<Response<Self::WaitForAssignmentStream>, Status> {
         let site = self.site(&request)?;
-        let attendance = self.driver.attend(&site, &request.get_ref().session_id).await?;
+        let (driver, session) = (self.driver.clone(), request.into_inner().session_id);
+        let attend = self.driver.to_its_end(async move { driver.attend(&site, &session).await });
+        let attendance = attend.await?;
         let stopping = self.driver.stopping();
         let instructions = WatchStream::new(attendance.instructions());
         let stream = instructions
@@ -146,6 +149,9 @@ impl Federation for FederationService {
     ) -> Result<Response<v1::ReportReadyResponse>, Status> {
         let site = self.site(&request)?;
         let request = request.get_ref();
+        check_count("train_tokens", request.train_tokens)?;
+        check_count("held_out_tokens", request.held_out_tokens)?;
+        check_count("documents", request.documents)?;
         let report = ReadyReport {
             run: run_name(&request.run)?,
             spec_digest: digest("spec_digest", &request.spec_digest)?,
@@ -154,7 +160,8 @@ impl Federation for FederationService {
             held_out_tokens: request.held_out_tokens,
             documents: request.documents,
         };
-        self.driver.ready(&site, &request.session_id, report).await?;
+        let (driver, session) = (self.driver.clone(), request.session_id.clone());
+        self.driver.to_its_end(async move { driver.ready(&site, &session, report).await }).await?;
         Ok(Response::new(v1::ReportReadyResponse {}))
     }
 
@@ -217,19 +224,27 @@ impl Federation for FederationService {
         let request = request.get_ref();
         let run = run_name(&request.run)?;
         let report = request.evaluation.ok_or_else(|| Status::invalid_argument("evaluation: is missing"))?;
-        if !(report.loss.is_finite() && report.loss >= 0.0) {
+        if !(0.0..=LOSS_MAX).contains(&report.loss) {
             return Err(Status::invalid_argument(format!(
-                "evaluation.loss: is {}; must be finite and not negative",
+                "evaluation.loss: is {}; allowed: 0 to {LOSS_MAX} nats per token",
                 report.loss
             )));
         }
+        if report.tokens == 0 {
+            return Err(Status::invalid_argument(
+                "evaluation.tokens: is 0; a loss is measured on at least one",
+            ));
+        }
+        check_count("evaluation.text_bytes", report.text_bytes)?;
         let evaluated = Evaluated {
             version: report.version,
             loss: report.loss,
             tokens: report.tokens,
             text_bytes: report.text_bytes,
         };
-        self.driver.evaluated(&site, &request.session_id, &run, evaluated).await?;
+        let (driver, session) = (self.driver.clone(), request.session_id.clone());
+        let record = async move { driver.evaluated(&site, &session, &run, evaluated).await };
+        self.driver.to_its_end(record).await?;
         Ok(Response::new(v1::ReportEvaluationResponse {}))
     }
 
@@ -260,10 +275,24 @@ impl Federation for FederationService {
 
     async fn leave(&self, request: Request<v1::LeaveRequest>) -> Result<Response<v1::LeaveResponse>, Status> {
         let site = self.site(&request)?;
-        let request = request.get_ref();
-        self.driver.leave(&site, &request.session_id, &printable(&request.reason)).await?;
+        let (driver, request) = (self.driver.clone(), request.into_inner());
+        let leave =
+            async move { driver.leave(&site, &request.session_id, &printable(&request.reason)).await };
+        self.driver.to_its_end(leave).await?;
         Ok(Response::new(v1::LeaveResponse {}))
     }
+}
+
+/// Largest loss that is taken; a model that guesses evenly over 2^32 tokens has 22.
+const LOSS_MAX: f64 = 1000.0;
+/// Largest count that a site may report of its text.
+const COUNT_MAX: u64 = 1 << 53;
+
+fn check_count(what: &str, count: u64) -> Result<(), Status> {
+    if count <= COUNT_MAX {
+        return Ok(());
+    }
+    Err(Status::invalid_argument(format!("{what}: is {count}; allowed: 0 to {COUNT_MAX}")))
 }
 
 /// Most that one probe may send.

@@ -41,7 +41,8 @@ impl OperatorService {
         let operator = self.authorise(request)?;
         let run = run_name(run)?;
         tracing::info!(%operator, %run, ?event, "operator command");
-        self.driver.command(&run, event).await?;
+        let (driver, name) = (self.driver.clone(), run.clone());
+        self.driver.to_its_end(async move { driver.command(&name, event).await }).await?;
         Ok(views::run_summary(&self.driver, &run).await?)
     }
 }
@@ -78,7 +79,9 @@ impl Operator for OperatorService {
             }
             tokenizer.extend_from_slice(&part.data);
         }
-        let run = self.driver.create_run(spec_toml, tokenizer).await?;
+        let driver = self.driver.clone();
+        let created = self.driver.to_its_end(async move { driver.create_run(spec_toml, tokenizer).await });
+        let run = created.await?;
         tracing::info!(%operator, %run, "run created");
         Ok(Response::new(v1::CreateRunResponse { run: Some(views::run_summary(&self.driver, &run).await?) }))
     }

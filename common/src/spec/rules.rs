@@ -20,7 +20,7 @@ pub const PARAMETERS_MAX: u64 = 100_000_000_000;
 /// message.
 pub const CHUNKS_MAX: u64 = 1 << 17;
 /// Most sites in a round.
-pub const CLIENTS_MAX: u32 = 10_000;
+pub const CLIENTS_MAX: u32 = 4_096;
 /// Longest deadline of a round: 90 days.
 pub const DEADLINE_SECONDS_MAX: u64 = 90 * 24 * 3600;
 /// Most tokens that one site trains in a whole run. Sums over [`CLIENTS_MAX`] sites still fit 64 bits.

@@ -158,13 +158,21 @@ async fn receive(
     let refused = |error: ReceiveError| Failure::Refused(format!("cannot {attempt}: {error}"));
     let progress = progress_bar(total_bytes);
     let mut receiver = Receiver::new(folder);
+    let mut received_bytes = 0;
     // No timeout: the connection's keepalive ends it when the aggregator is gone; slow is not gone.
     let mut parts = operator.download_checkpoint(request).await.map_err(from_status)?.into_inner();
     while let Some(part) = parts.message().await.map_err(from_status)? {
         receiver.take(&part).map_err(refused)?;
+        received_bytes += part.data.len() as u64;
         progress.inc(part.data.len() as u64);
     }
     progress.finish_and_clear();
+    // A stream that the aggregator cut between two files ends like one that is complete.
+    if received_bytes < total_bytes {
+        return Err(Failure::Refused(format!(
+            "cannot {attempt}: only {received_bytes} of {total_bytes} bytes came; try again"
+        )));
+    }
     receiver.finish().map_err(refused)
 }
 
