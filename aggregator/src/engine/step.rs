@@ -21,6 +21,9 @@ pub const REDUCE_RETRY_MS_MIN: u64 = 5_000;
 /// ...up to this.
 pub const REDUCE_RETRY_MS_MAX: u64 = 5 * 60 * 1000;
 
+/// How long the last evaluation waits for a site that lost its connection, in milliseconds.
+pub const EVALUATION_PATIENCE_MS: u64 = 10_000;
+
 impl Run {
     /// Takes an event at `now` and says what to do. Where no effect comes back, nothing changed.
     ///
@@ -54,7 +57,7 @@ impl Turn<'_> {
         match event {
             Event::SiteReady(site) => self.site_ready(site),
             Event::SiteGone(site) => {
-                self.changed |= self.run.roster.ready.remove(&site);
+                self.site_gone(&site);
                 Ok(())
             }
             Event::Start => self.start(),
@@ -90,6 +93,19 @@ impl Turn<'_> {
         Ok(())
     }
 
+    /// A site that is still to report its last held-out loss gets a while to come back.
+    fn site_gone(&mut self, site: &SiteName) {
+        let gone = self.run.roster.ready.remove(site);
+        self.changed |= gone;
+        let state = &self.run.state;
+        let awaited = matches!(&state.phase, Phase::Evaluating(evaluating) if evaluating.asked.contains(site))
+            && !state.has_evaluated(site, state.version);
+        if gone && awaited {
+            let until = self.now.saturating_add(EVALUATION_PATIENCE_MS);
+            self.run.roster.patient_until_ms = self.run.roster.patient_until_ms.max(until);
+        }
+    }
+
     fn pause(&mut self) -> Result<(), Rejection> {
         let state = &mut self.run.state;
         if state.status != RunStatus::Active {
@@ -112,8 +128,8 @@ impl Turn<'_> {
             Phase::Training(training) => {
                 training.deadline_ms = self.plan.deadline_ms().map(|ms| self.now.saturating_add(ms));
                 let ready = &self.run.roster.ready;
-                // Shortly after a restart, that a site is not connected says nothing about it.
-                if !ready.is_empty() && self.run.roster.patient_until_ms == 0 {
+                // With nobody connected the aggregator has just restarted, which says nothing about sites.
+                if !ready.is_empty() {
                     self.replace(|site, run| !run.roster.ready.contains(site));
                 }
             }

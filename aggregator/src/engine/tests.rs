@@ -9,7 +9,7 @@ use super::{
     participation::{Draw, select, weighted},
     plan::EVALUATION_DEADLINE_MS,
     state::EVALUATED_VERSIONS_MAX,
-    step::REDUCE_RETRY_MS_MIN,
+    step::{EVALUATION_PATIENCE_MS, REDUCE_RETRY_MS_MIN},
     *,
 };
 
@@ -664,11 +664,24 @@ fn last_evaluation() -> World {
 }
 
 #[test]
-fn the_last_evaluation_does_not_wait_for_sites_that_are_gone() {
+fn the_last_evaluation_does_not_wait_long_for_sites_that_are_gone() {
     let mut world = last_evaluation();
     world.evaluate("a", 1).unwrap();
     world.gone(&["b"]);
+    assert_eq!(world.run.state().status, RunStatus::Active, "it may have lost its connection only");
+    assert_eq!(world.run.next_timer(), Some(world.now + EVALUATION_PATIENCE_MS));
+    world.wait(EVALUATION_PATIENCE_MS);
     assert_eq!(world.run.state().status, RunStatus::Finished);
+}
+
+#[test]
+fn a_site_that_reconnects_during_the_last_evaluation_is_still_heard() {
+    let mut world = last_evaluation();
+    world.evaluate("a", 1).unwrap();
+    world.gone(&["b"]);
+    world.evaluate("b", 1).unwrap();
+    assert_eq!(world.run.state().status, RunStatus::Finished);
+    assert!(world.run.state().has_evaluated(&site("b"), 1));
 }
 
 #[test]

@@ -264,7 +264,8 @@ mod tests {
 
     async fn fetch(parts: Vec<Result<v1::FilePart, tonic::Status>>, out: &Path) -> Result<usize, Failure> {
         let (_fake, mut operator, _server) = FakeOperator::serve(Script { parts, ..Script::default() }).await;
-        download(&mut operator, &"demo".parse().unwrap(), &checkpoint(3, ""), out).await
+        let checkpoint = v1::Checkpoint { bytes: 5, ..checkpoint(3, "") };
+        download(&mut operator, &"demo".parse().unwrap(), &checkpoint, out).await
     }
 
     fn part(name: &str, file_bytes: u64, data: &'static [u8]) -> Result<v1::FilePart, tonic::Status> {
@@ -280,6 +281,14 @@ mod tests {
         assert_eq!(files.unwrap(), 2);
         assert_eq!(std::fs::read(out.join("model.safetensors")).unwrap(), b"abc");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_ends_between_two_files_is_no_checkpoint() {
+        let folder = tempfile::tempdir().unwrap();
+        let result = fetch(vec![part("config.json", 2, b"{}")], &folder.path().join("model")).await;
+        assert!(result.unwrap_err().to_string().contains("2 of 5 bytes"));
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 
     #[tokio::test]
