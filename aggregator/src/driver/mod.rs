@@ -11,6 +11,8 @@
 mod error;
 mod instructions;
 mod material;
+mod operators;
+mod sites;
 mod tasks;
 
 use std::{
@@ -22,18 +24,10 @@ use std::{
 };
 
 use consort_common::{
-    atomic_file::write_atomically,
-    ids::{DeltaId, Digest, RunName, SiteName},
-    spec::{RunSpec, TokenizerSpec},
-    tokenizer::{byte_tokenizer_json, token_id, vocabulary_size},
+    ids::{Digest, RunName},
     units::{UnixMs, unix_ms_now},
 };
-use consort_proto::v1;
-use rand::RngCore;
-use tokio::{
-    sync::{Mutex, MutexGuard, Notify, watch},
-    task::spawn_blocking,
-};
+use tokio::sync::{Mutex, MutexGuard, Notify, watch};
 use tokio_util::{
     sync::{CancellationToken, WaitForCancellationFutureOwned},
     task::TaskTracker,
@@ -43,19 +37,15 @@ use self::tasks::Work;
 pub use self::{
     error::DriverError,
     material::{ModelReader, RunMaterial},
+    sites::{Attendance, Evaluated, ReadyReport, UploadTicket},
 };
 use crate::{
     config::{Config, Limits},
-    engine::{
-        self, ContributionFacts, Effect, Event, Phase, Rejection, RoundRecord, Run, RunStatus, Standing,
-    },
-    models::{ModelError, ModelFiles},
-    reduce,
-    sessions::{Daemon, Ready, SessionId, Sessions},
-    spool::{ContributionKey, Spool},
-    store::{
-        ClientRow, ContributionRow, EvaluationRow, NewRun, Record, RoundCommit, RoundRow, RunSiteRow, Store,
-    },
+    engine::{Effect, Event, RoundRecord, Run, RunStatus},
+    models::ModelFiles,
+    sessions::Sessions,
+    spool::Spool,
+    store::{ContributionRow, EvaluationRow, Record, RoundCommit, RoundRow, Store},
 };
 
 /// Longest sleep of the timer task, so that a change of the machine's clock is noticed.
@@ -64,35 +54,6 @@ const TIMER_MAX: Duration = Duration::from_secs(60);
 /// How often, and with what pause, the state directory's lock is tried.
 const LOCK_ATTEMPTS_MAX: u32 = 50;
 const LOCK_PAUSE: Duration = Duration::from_millis(100);
-
-/// What a site measured.
-pub type Evaluated = engine::Evaluation;
-
-/// What a site says once its text is tokenised.
-#[derive(Debug)]
-pub struct ReadyReport {
-    /// The run.
-    pub run: RunName,
-    /// Digest of the specification that the site read.
-    pub spec_digest: Digest,
-    /// Digest of the manifest that the site derived.
-    pub manifest_digest: Digest,
-    /// Tokens to train on.
-    pub train_tokens: u64,
-    /// Tokens held out.
-    pub held_out_tokens: u64,
-    /// Documents, both together.
-    pub documents: u64,
-}
-
-/// The right to upload one delta.
-#[derive(Debug)]
-pub struct UploadTicket {
-    /// The run.
-    pub material: Arc<RunMaterial>,
-    /// Where the delta is spooled.
-    pub key: ContributionKey,
-}
 
 /// One run as the driver holds it.
 #[derive(Debug, Clone)]
@@ -391,389 +352,6 @@ impl Driver {
         self.changes.send_modify(|count| *count += 1);
     }
 
-    // ---- for operators
-
-    /// Validates and stores a run; its initial model is on disk when this returns.
-    ///
-    /// # Errors
-    /// If the specification or the tokenizer cannot be used, or the name is taken.
-    pub async fn create_run(
-        self: &Arc<Self>,
-        spec_toml: String,
-        tokenizer: Vec<u8>,
-    ) -> Result<RunName, DriverError> {
-        let spec = RunSpec::parse(&spec_toml)?;
-        let tokenizer = tokenizer_json(&spec, tokenizer)?;
-        let material = Arc::new(RunMaterial::new(spec_toml, Digest::of(&tokenizer))?);
-        let work = Work::Create(material.name.clone());
-        // Two at a time would write the same files.
-        if !self.claim(work.clone()) {
-            return Err(DriverError::RunExists(material.name.clone()));
-        }
-        let created = self.create_claimed_run(material, tokenizer).await;
-        self.release(&work);
-        created
-    }
-
-    async fn create_claimed_run(
-        self: &Arc<Self>,
-        material: Arc<RunMaterial>,
-        tokenizer: Vec<u8>,
-    ) -> Result<RunName, DriverError> {
-        let name = material.name.clone();
-        if self.core.lock().await.runs.contains_key(&name) {
-            return Err(DriverError::RunExists(name));
-        }
-        let path = self.tokenizer_path(&name);
-        let (models, description) = (self.models.clone(), material.clone());
-        let version = spawn_blocking(move || -> Result<_, DriverError> {
-            if let Some(folder) = path.parent() {
-                std::fs::create_dir_all(folder).map_err(|source| write_error(&path, source))?;
-            }
-            write_atomically(&path, &tokenizer)
-                .map_err(|error| write_error(&path, std::io::Error::other(error)))?;
-            let flat = description.spec.model.manifest().initialise(description.spec.seed);
-            let momentum = reduce::has_momentum(&description.spec.outer.optimizer);
-            Ok(models.create_initial(&description.name, description.plan, &flat, momentum)?)
-        })
-        .await
-        .map_err(|_| DriverError::TaskFailed("the initial model"))??;
-
-        let mut core = self.core.lock().await;
-        let run = Run::new();
-        self.store
-            .create_run(&NewRun {
-                name: name.clone(),
-                spec_toml: material.spec_toml.clone(),
-                spec_digest: material.spec_digest,
-                manifest_digest: material.manifest_digest,
-                tokenizer_digest: material.tokenizer_digest,
-                architecture: material.spec.model.name().to_owned(),
-                parameters: material.plan.parameters(),
-                state_json: serde_json::to_string(run.state())
-                    .map_err(|error| DriverError::State { run: name.clone(), reason: error.to_string() })?,
-                version_digest: version.digest(),
-                created_ms: unix_ms_now(),
-            })
-            .await?;
-        core.runs.insert(name.clone(), LiveRun { material, run, version_digest: version.digest() });
-        self.changed();
-        Ok(name)
-    }
-
-    /// Applies an operator's event. One run is active at a time.
-    ///
-    /// # Errors
-    /// If another run is active, or the run's status does not allow it.
-    pub async fn command(self: &Arc<Self>, name: &RunName, event: Event) -> Result<(), DriverError> {
-        let mut core = self.core.lock().await;
-        core.run(name)?;
-        let starts = matches!(event, Event::Start | Event::Resume);
-        let active = core.runs.values().find(|live| live.run.state().status == RunStatus::Active);
-        if let Some(active) = active.filter(|active| starts && active.material.name != *name) {
-            return Err(DriverError::OtherRunActive {
-                run: name.clone(),
-                active: active.material.name.clone(),
-            });
-        }
-        self.apply(&mut core, name, event).await?;
-        if starts {
-            self.announce_ready_sites(&mut core, name).await?;
-        }
-        Ok(())
-    }
-
-    /// Sites that got ready for the run before it started, or while another one was current.
-    async fn announce_ready_sites(
-        self: &Arc<Self>,
-        core: &mut Core,
-        name: &RunName,
-    ) -> Result<(), DriverError> {
-        let ready: Vec<SiteName> = core
-            .sessions
-            .iter()
-            .filter(|(_, session)| {
-                session.connected() && session.ready.as_ref().is_some_and(|ready| ready.run == *name)
-            })
-            .map(|(site, _)| site.clone())
-            .collect();
-        for site in ready {
-            self.apply(core, name, Event::SiteReady(site)).await?;
-        }
-        Ok(())
-    }
-
-    // ---- for sites
-
-    /// Opens a session.
-    ///
-    /// # Errors
-    /// If another daemon of the site is connected.
-    pub async fn join(self: &Arc<Self>, site: &SiteName, daemon: Daemon) -> Result<SessionId, DriverError> {
-        let mut id = SessionId::default();
-        rand::rng().fill_bytes(&mut id);
-        let mut core = self.core.lock().await;
-        let now = unix_ms_now();
-        core.sessions.join(site, id, daemon.clone(), now)?;
-        tracing::info!(%site, device = daemon.device, version = daemon.software_version, "site joined");
-        let client = ClientRow {
-            site: site.clone(),
-            first_seen_ms: now,
-            last_seen_ms: now,
-            device: daemon.device,
-            software_version: daemon.software_version,
-        };
-        self.store.upsert_client(&client).await?;
-        self.push_instructions(&core);
-        self.changed();
-        Ok(id)
-    }
-
-    /// Opens the site's instruction stream: it is present until the attendance is dropped.
-    ///
-    /// # Errors
-    /// If the session is not the site's.
-    pub async fn attend(
-        self: &Arc<Self>,
-        site: &SiteName,
-        session: &[u8],
-    ) -> Result<Attendance, DriverError> {
-        let mut core = self.core.lock().await;
-        let session = core.sessions.touch(site, session, unix_ms_now())?;
-        let receiver = session.instruction.subscribe();
-        let ready = session.ready.clone();
-        let attendance = Attendance { driver: self.clone(), site: site.clone(), receiver: Some(receiver) };
-        if let Some(ready) = ready
-            && core.runs.contains_key(&ready.run)
-        {
-            self.site_ready(&mut core, &ready.run, site).await?;
-        }
-        self.push_instructions(&core);
-        self.changed();
-        Ok(attendance)
-    }
-
-    /// A run that is over takes no sites; that is nothing that the site did wrong.
-    async fn site_ready(
-        self: &Arc<Self>,
-        core: &mut Core,
-        run: &RunName,
-        site: &SiteName,
-    ) -> Result<(), DriverError> {
-        match self.apply(core, run, Event::SiteReady(site.clone())).await {
-            Err(DriverError::Rejected(Rejection::NotRunning { .. })) => Ok(()),
-            other => other.map(|_| ()),
-        }
-    }
-
-    /// When the aggregator stops, all streams end; that says nothing about the sites.
-    async fn site_gone(self: &Arc<Self>, site: &SiteName) {
-        if self.stopping.is_cancelled() {
-            return;
-        }
-        let mut core = self.core.lock().await;
-        if core.sessions.get(site).is_some_and(crate::sessions::Session::connected) {
-            return; // it has joined again, and this was its old stream
-        }
-        tracing::info!(%site, "site disconnected");
-        let runs: Vec<RunName> = core
-            .runs
-            .iter()
-            .filter(|(_, live)| live.run.ready().contains(site))
-            .map(|(name, _)| name.clone())
-            .collect();
-        for run in runs {
-            if let Err(error) = self.apply(&mut core, &run, Event::SiteGone(site.clone())).await {
-                tracing::error!(%site, %run, %error, "a site's departure could not be recorded");
-            }
-        }
-        self.changed();
-    }
-
-    /// Closes the session.
-    ///
-    /// # Errors
-    /// If the session is not the site's.
-    pub async fn leave(
-        self: &Arc<Self>,
-        site: &SiteName,
-        session: &[u8],
-        reason: &str,
-    ) -> Result<(), DriverError> {
-        let left = self.core.lock().await.sessions.leave(site, session)?;
-        tracing::info!(%site, reason, "site left");
-        drop(left);
-        self.site_gone(site).await;
-        Ok(())
-    }
-
-    /// What a site may know of a run.
-    ///
-    /// # Errors
-    /// If the session is not the site's or there is no such run.
-    pub async fn material_for(
-        &self,
-        site: &SiteName,
-        session: &[u8],
-        run: &RunName,
-    ) -> Result<Arc<RunMaterial>, DriverError> {
-        let mut core = self.core.lock().await;
-        core.sessions.touch(site, session, unix_ms_now())?;
-        Ok(core.run(run)?.material.clone())
-    }
-
-    /// The site is ready for the run.
-    ///
-    /// # Errors
-    /// If it read another specification or derived another manifest.
-    pub async fn ready(
-        self: &Arc<Self>,
-        site: &SiteName,
-        session: &[u8],
-        report: ReadyReport,
-    ) -> Result<(), DriverError> {
-        let mut core = self.core.lock().await;
-        core.sessions.touch(site, session, unix_ms_now())?;
-        let material = core.run(&report.run)?.material.clone();
-        for (what, theirs, ours) in [
-            ("spec_digest", report.spec_digest, material.spec_digest),
-            ("manifest_digest", report.manifest_digest, material.manifest_digest),
-        ] {
-            if theirs != ours {
-                return Err(DriverError::OtherDigest { what, run: report.run });
-            }
-        }
-        let now = unix_ms_now();
-        let prepared = RunSiteRow {
-            site: site.clone(),
-            train_tokens: report.train_tokens,
-            held_out_tokens: report.held_out_tokens,
-            documents: report.documents,
-        };
-        self.store.upsert_run_site(&report.run, &prepared).await?;
-        let session = core.sessions.touch(site, session, now)?;
-        session.ready = Some(Ready {
-            run: report.run.clone(),
-            train_tokens: report.train_tokens,
-            held_out_tokens: report.held_out_tokens,
-        });
-        if session.connected() {
-            self.site_ready(&mut core, &report.run, site).await?;
-        }
-        Ok(())
-    }
-
-    /// A committed version of a run's model.
-    ///
-    /// # Errors
-    /// If the session is not the site's, or there is no such version.
-    pub async fn model_for(
-        &self,
-        site: &SiteName,
-        session: &[u8],
-        run: &RunName,
-        version: u32,
-    ) -> Result<ModelReader, DriverError> {
-        let material = self.material_for(site, session, run).await?;
-        let newest = self.core.lock().await.run(run)?.run.state().version;
-        if version > newest {
-            return Err(DriverError::NoSuchVersion { run: run.clone(), version, newest });
-        }
-        let files = self.models.open(run, version, material.plan).map_err(|error| match error {
-            ModelError::Missing { .. } => DriverError::NoSuchVersion { run: run.clone(), version, newest },
-            other => other.into(),
-        })?;
-        Ok(ModelReader { material, digest: files.digest(), files })
-    }
-
-    /// The right to upload; none if the site's delta for the round was accepted before.
-    ///
-    /// # Errors
-    /// If the session is not the site's, or the round takes no delta of it now.
-    pub async fn upload_ticket(
-        &self,
-        site: &SiteName,
-        session: &[u8],
-        run: &RunName,
-        round: u32,
-        delta: DeltaId,
-    ) -> Result<Option<UploadTicket>, DriverError> {
-        let mut core = self.core.lock().await;
-        core.sessions.touch(site, session, unix_ms_now())?;
-        let live = core.run(run)?;
-        let key = ContributionKey { run: run.clone(), round, site: site.clone(), delta };
-        let open = is_open(&live.run, &key)?;
-        Ok(open.then(|| UploadTicket { material: live.material.clone(), key }))
-    }
-
-    /// Whether the round still takes this delta; asked before each chunk is stored.
-    ///
-    /// # Errors
-    /// If it does not.
-    pub async fn check_upload_open(&self, ticket: &UploadTicket) -> Result<(), DriverError> {
-        let mut core = self.core.lock().await;
-        let key = &ticket.key;
-        if is_open(&core.run(&key.run)?.run, key)? {
-            core.sessions.heard(&key.site, unix_ms_now());
-            return Ok(());
-        }
-        Err(Rejection::RoundOver { round: key.round, current: key.round }.into())
-    }
-
-    /// The delta is complete. Tells whether it had been accepted before.
-    ///
-    /// # Errors
-    /// If the engine refuses it.
-    pub async fn delivered(
-        self: &Arc<Self>,
-        ticket: &UploadTicket,
-        facts: ContributionFacts,
-    ) -> Result<bool, DriverError> {
-        let event = Event::Delivered { site: ticket.key.site.clone(), round: ticket.key.round, facts };
-        let effects = self.event(&ticket.key.run, event).await?;
-        Ok(effects.iter().any(|effect| matches!(effect, Effect::Duplicate { .. })))
-    }
-
-    /// A site's progress, for people.
-    ///
-    /// # Errors
-    /// If the session is not the site's.
-    pub async fn progress(
-        &self,
-        site: &SiteName,
-        session: &[u8],
-        progress: v1::Progress,
-    ) -> Result<(), DriverError> {
-        let mut core = self.core.lock().await;
-        core.sessions.touch(site, session, unix_ms_now())?.progress = Some(progress);
-        self.changed();
-        Ok(())
-    }
-
-    /// A site's held-out loss.
-    ///
-    /// # Errors
-    /// If the session is not the site's, or the engine refuses it.
-    pub async fn evaluated(
-        self: &Arc<Self>,
-        site: &SiteName,
-        session: &[u8],
-        run: &RunName,
-        evaluation: Evaluated,
-    ) -> Result<(), DriverError> {
-        let mut core = self.core.lock().await;
-        core.sessions.touch(site, session, unix_ms_now())?;
-        self.apply(&mut core, run, Event::Evaluated { site: site.clone(), evaluation }).await?;
-        Ok(())
-    }
-
-    /// The specification of the run that sites are to work for.
-    pub async fn active_spec(&self) -> Option<String> {
-        self.core.lock().await.current().map(|live| live.material.spec_toml.clone())
-    }
-
-    // ---- for both
-
     /// Everything that the lock guards, for reading.
     pub async fn core(&self) -> MutexGuard<'_, Core> {
         self.core.lock().await
@@ -856,81 +434,6 @@ impl Driver {
         self.tasks.close();
         self.tasks.wait().await;
         self.store.close().await;
-    }
-}
-
-/// A site's presence: it is connected as long as this lives.
-pub struct Attendance {
-    driver: Arc<Driver>,
-    site: SiteName,
-    receiver: Option<watch::Receiver<v1::Instruction>>,
-}
-
-impl Attendance {
-    /// The instructions. To be called once; the stream keeps the receiver.
-    pub fn instructions(&self) -> watch::Receiver<v1::Instruction> {
-        self.receiver.clone().unwrap_or_else(|| watch::channel(v1::Instruction { task: None }).1)
-    }
-}
-
-impl Drop for Attendance {
-    fn drop(&mut self) {
-        self.receiver = None; // before the question whether the site is still connected
-        let (driver, site) = (self.driver.clone(), self.site.clone());
-        self.driver.tasks.spawn(async move { driver.site_gone(&site).await });
-    }
-}
-
-/// Whether the round takes this delta: not so if it was accepted before.
-fn is_open(run: &Run, key: &ContributionKey) -> Result<bool, Rejection> {
-    let state = run.state();
-    if !matches!(state.status, RunStatus::Active | RunStatus::Paused) {
-        return Err(Rejection::NotRunning { status: state.status.clone() });
-    }
-    let not_assigned = || Rejection::NotAssigned { site: key.site.clone(), round: key.round };
-    match &state.phase {
-        Phase::Training(training) if training.round == key.round => match training.sites.get(&key.site) {
-            Some(Standing::Working | Standing::Replaced) => Ok(true),
-            Some(Standing::Delivered(_)) => Ok(false),
-            None => Err(not_assigned()),
-        },
-        Phase::Reducing(reducing) if reducing.round == key.round => {
-            match reducing.contributions.iter().any(|contribution| contribution.site == key.site) {
-                true => Ok(false),
-                false => Err(Rejection::RoundOver { round: key.round, current: state.round() }),
-            }
-        }
-        _ => Err(Rejection::RoundOver { round: key.round, current: state.round() }),
-    }
-}
-
-/// The run's tokenizer.json: the built-in one, or the one that was given.
-fn tokenizer_json(spec: &RunSpec, given: Vec<u8>) -> Result<Vec<u8>, DriverError> {
-    match (&spec.tokenizer, given.is_empty()) {
-        (TokenizerSpec::Byte {}, true) => Ok(byte_tokenizer_json().into_bytes()),
-        (TokenizerSpec::Byte {}, false) => Err(DriverError::Tokenizer(
-            "the byte tokenizer is built in; none is to be sent with it".to_owned(),
-        )),
-        (TokenizerSpec::File { path, .. }, true) => {
-            Err(DriverError::Tokenizer(format!("{path} was not sent, or is empty")))
-        }
-        (TokenizerSpec::File { path, end_of_text }, false) => {
-            let refuse = |reason: String| DriverError::Tokenizer(format!("{path}: {reason}"));
-            let json: serde_json::Value =
-                serde_json::from_slice(&given).map_err(|error| refuse(format!("is not JSON: {error}")))?;
-            if token_id(&json, end_of_text).is_none() {
-                return Err(refuse(format!(
-                    "has no token {end_of_text:?}, which the specification names as end_of_text"
-                )));
-            }
-            let (needed, rows) = (vocabulary_size(&json), spec.model.vocab_size());
-            if needed > rows as u64 {
-                return Err(refuse(format!(
-                    "needs model.vocab_size = {needed} at least; the specification says {rows}"
-                )));
-            }
-            Ok(given)
-        }
     }
 }
 
