@@ -47,17 +47,6 @@ pub struct Daemon {
     pub software_version: String,
 }
 
-/// What a site said of its data for a run.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ready {
-    /// The run.
-    pub run: RunName,
-    /// Tokens to train on.
-    pub train_tokens: u64,
-    /// Tokens held out.
-    pub held_out_tokens: u64,
-}
-
 /// One connected (or just lost) site.
 #[derive(Debug)]
 pub struct Session {
@@ -71,7 +60,7 @@ pub struct Session {
     /// When it was last heard.
     pub last_seen_ms: UnixMs,
     /// The run it is ready for.
-    pub ready: Option<Ready>,
+    pub ready: Option<RunName>,
 }
 
 impl Session {
@@ -193,7 +182,7 @@ mod tests {
     fn a_restarted_daemon_takes_its_session_over_and_stays_ready() {
         let mut sessions = Sessions::default();
         sessions.join(&site(), [1; 16], daemon(FIRST), 0).unwrap();
-        let ready = Ready { run: "r".parse().unwrap(), train_tokens: 1, held_out_tokens: 1 };
+        let ready: RunName = "r".parse().unwrap();
         sessions.touch(&site(), &[1; 16], 0).unwrap().ready = Some(ready.clone());
         let stream = sessions.touch(&site(), &[1; 16], 0).unwrap().instruction.subscribe();
         sessions.join(&site(), [3; 16], daemon(FIRST), 1).unwrap();

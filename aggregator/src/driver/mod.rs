@@ -111,7 +111,7 @@ impl Driver {
     /// Opens the state directory and takes up every run where it was.
     ///
     /// # Errors
-    /// If the database, a run's specification or its model cannot be read.
+    /// If the database, a run's specification or its state cannot be read, or another aggregator is here.
     pub async fn open(
         config: &Config,
         federation: &str,

@@ -118,9 +118,7 @@ impl Driver {
         let ready: Vec<SiteName> = core
             .sessions
             .iter()
-            .filter(|(_, session)| {
-                session.connected() && session.ready.as_ref().is_some_and(|ready| ready.run == *name)
-            })
+            .filter(|(_, session)| session.connected() && session.ready.as_ref() == Some(name))
             .map(|(site, _)| site.clone())
             .collect();
         for site in ready {

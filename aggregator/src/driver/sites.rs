@@ -14,7 +14,7 @@ use super::{Core, Driver, DriverError, ModelReader, RunMaterial};
 use crate::{
     engine::{self, ContributionFacts, Effect, Event, Phase, Rejection, Run, RunStatus, Standing},
     models::ModelError,
-    sessions::{Daemon, Ready, Session, SessionId},
+    sessions::{Daemon, Session, SessionId},
     spool::ContributionKey,
     store::{ClientRow, RunSiteRow},
 };
@@ -88,9 +88,9 @@ impl Driver {
         let ready = session.ready.clone();
         let attendance = Attendance { driver: self.clone(), site: site.clone(), receiver: Some(receiver) };
         if let Some(ready) = ready
-            && core.runs.contains_key(&ready.run)
+            && core.runs.contains_key(&ready)
         {
-            self.site_ready(&mut core, &ready.run, site).await?;
+            self.site_ready(&mut core, &ready, site).await?;
         }
         self.push_instructions(&core);
         self.changed();
@@ -196,11 +196,7 @@ impl Driver {
         };
         self.store.upsert_run_site(&report.run, &prepared).await?;
         let session = core.sessions.touch(site, session, now)?;
-        session.ready = Some(Ready {
-            run: report.run.clone(),
-            train_tokens: report.train_tokens,
-            held_out_tokens: report.held_out_tokens,
-        });
+        session.ready = Some(report.run.clone());
         if session.connected() {
             self.site_ready(&mut core, &report.run, site).await?;
         }

@@ -236,8 +236,8 @@ impl Driver {
             });
             match discarded.await {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::warn!(run = %name, %error, "spent files were not deleted; the next round tries again"),
-                Err(error) => tracing::warn!(run = %name, %error, "spent files were not deleted; the next round tries again"),
+                Ok(Err(error)) => tracing::warn!(run = %name, %error, "spent files were not deleted; the next round or start tries again"),
+                Err(error) => tracing::warn!(run = %name, %error, "spent files were not deleted; the next round or start tries again"),
             }
         });
     }

@@ -45,7 +45,7 @@ pub enum ReduceError {
         /// What is wrong with it.
         reason: String,
     },
-    /// A contribution's chunk is missing, damaged or unreadable; the round can be reduced without it.
+    /// A contribution's chunk is missing, damaged or unreadable.
     #[error("round {} cannot be reduced with {}'s delta: {source}", key.round, key.site)]
     Damaged {
         /// The contribution.
@@ -55,7 +55,7 @@ pub enum ReduceError {
         /// Why.
         source: ChunkFault,
     },
-    /// What is spooled is not the delta that was accepted; the round can be reduced without it.
+    /// What is spooled is not the delta that was accepted.
     #[error("round {} cannot be reduced with {}'s delta: {accepted} was accepted, but the spool holds {found}", key.round, key.site)]
     OtherDelta {
         /// The contribution.

@@ -68,11 +68,6 @@ impl Encoding {
         }
     }
 
-    /// The encoding of that name.
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|encoding| encoding.name() == name)
-    }
-
     /// The implementation.
     pub fn codec(self) -> &'static dyn DeltaCodec {
         match self {
@@ -154,9 +149,7 @@ mod tests {
     #[test]
     fn names_are_those_of_the_specification() {
         for encoding in Encoding::ALL {
-            assert_eq!(Encoding::from_name(encoding.name()), Some(encoding));
             assert_eq!(serde_json::to_value(encoding).unwrap(), encoding.name());
         }
-        assert_eq!(Encoding::from_name("fp8"), None);
     }
 }
