@@ -314,9 +314,8 @@ impl NewVersion {
         momentum: Option<&[f32]>,
     ) -> Result<ChunkDigests, ModelError> {
         let offset = self.plan.range(index)?.start * VALUE_BYTES;
-        let mut bytes = Vec::with_capacity(parameters.len() * VALUE_BYTES as usize);
+        let mut bytes = vec![0; parameters.len() * VALUE_BYTES as usize];
         let mut write = |file: &File, values: &[f32]| {
-            bytes.clear();
             Encoding::Fp32.codec().encode(values, &mut bytes);
             let written = file.write_all_at(&bytes, offset);
             written.map(|()| Digest::of(&bytes)).map_err(|error| self.explain(error))

@@ -332,9 +332,7 @@ impl Delta {
         assert_eq!(values.len() as u64, plan.parameters());
         let chunk = |index| {
             let range = plan.range(index).expect("the plan has the chunk");
-            let mut payload = Vec::new();
-            encoding.codec().encode(&values[range.start as usize..range.end as usize], &mut payload);
-            chunk_of(index, payload)
+            chunk_of(index, encoding.encode(&values[range.start as usize..range.end as usize]))
         };
         let chunks: Vec<DeltaChunk> = (0..plan.chunks()).map(chunk).collect();
         let square: f64 = values.iter().map(|value| f64::from(*value).powi(2)).sum();

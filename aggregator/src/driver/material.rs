@@ -30,8 +30,8 @@ pub struct RunMaterial {
     pub tokenizer_digest: Digest,
     /// How the model is cut.
     pub plan: ChunkPlan,
-    /// Most bytes that an encoded delta takes.
-    pub delta_bytes_max: u64,
+    /// Bytes that an encoded delta takes.
+    pub delta_bytes: u64,
     /// What the round engine needs of the specification.
     pub rounds: Plan,
 }
@@ -45,8 +45,8 @@ impl RunMaterial {
         let spec = RunSpec::parse(&spec_toml)?;
         let plan = spec.chunk_plan();
         let codec = spec.wire.delta_encoding.codec();
-        let delta_bytes_max = (0..plan.chunks())
-            .map(|index| plan.length(index).map_or(0, |length| codec.encoded_bytes_max(length) as u64))
+        let delta_bytes = (0..plan.chunks())
+            .map(|index| plan.length(index).map_or(0, |length| codec.encoded_bytes(length) as u64))
             .sum();
         Ok(Self {
             name: spec.name.clone(),
@@ -54,7 +54,7 @@ impl RunMaterial {
             manifest_digest: spec.model.manifest().digest(),
             tokenizer_digest,
             plan,
-            delta_bytes_max,
+            delta_bytes,
             rounds: Plan::new(&spec),
             spec,
             spec_toml,

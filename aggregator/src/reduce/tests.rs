@@ -41,8 +41,7 @@ impl Fixture {
         let key = ContributionKey { run: run(), round, site: site.parse().unwrap(), delta: [1; 16].into() };
         for index in 0..self.plan.chunks() {
             let range = self.plan.range(index).unwrap();
-            let mut payload = Vec::new();
-            self.encoding.codec().encode(&delta[range.start as usize..range.end as usize], &mut payload);
+            let payload = self.encoding.encode(&delta[range.start as usize..range.end as usize]);
             self.spool.put(&key, index, &payload, Digest::of(&payload)).unwrap();
         }
         let delta_digest = self.spool.summary(&key, self.plan.chunks()).unwrap().digest;
@@ -134,9 +133,8 @@ proptest! {
         // What the sites' values are after the wire.
         let decoded: Vec<WeightedDeltas> = rounds.iter().map(|deltas| {
             deltas.iter().map(|(weight, delta)| {
-                let (mut payload, mut decoded) = (Vec::new(), vec![0.0; delta.len()]);
-                encoding.codec().encode(delta, &mut payload);
-                encoding.codec().decode(&payload, &mut decoded).unwrap();
+                let mut decoded = vec![0.0; delta.len()];
+                encoding.codec().decode(&encoding.encode(delta), &mut decoded).unwrap();
                 (*weight, decoded)
             }).collect()
         }).collect();

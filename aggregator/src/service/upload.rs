@@ -119,10 +119,10 @@ async fn ticket(
     if begin.chunks != chunks {
         return Err(Status::invalid_argument(format!("chunks: is {}; the model has {chunks}", begin.chunks)));
     }
-    if begin.total_bytes > material.delta_bytes_max {
+    if begin.total_bytes > material.delta_bytes {
         return Err(Status::invalid_argument(format!(
-            "total_bytes: is {}; a delta of this model takes at most {}",
-            begin.total_bytes, material.delta_bytes_max
+            "total_bytes: is {}; a delta of this model takes {}",
+            begin.total_bytes, material.delta_bytes
         )));
     }
     Ok(Some(ticket))
@@ -171,10 +171,10 @@ impl Upload {
         let length = length.map_err(|error| Status::invalid_argument(error.to_string()))?;
         let codec = self.ticket.material.spec.wire.delta_encoding.codec();
         let bytes = payload.len() as u64;
-        if payload.len() > codec.encoded_bytes_max(length) {
+        if payload.len() != codec.encoded_bytes(length) {
             return Err(Status::invalid_argument(format!(
-                "chunk {index}: has {bytes} bytes; its encoding takes at most {}",
-                codec.encoded_bytes_max(length)
+                "chunk {index}: has {bytes} bytes; its encoding takes {}",
+                codec.encoded_bytes(length)
             )));
         }
         self.bytes_left = self.bytes_left.checked_sub(bytes).ok_or_else(|| {

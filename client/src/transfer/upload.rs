@@ -136,8 +136,7 @@ impl Delta {
         // Both ends are inside the file, whose length `open` compared with the plan.
         #[allow(clippy::cast_possible_truncation)]
         let values = &self.values.values()[range.start as usize..range.end as usize];
-        let mut payload = Vec::new();
-        self.description.encoding.codec().encode(values, &mut payload);
+        let payload = self.description.encoding.encode(values);
         let digest = Digest::of(&payload).to_vec();
         Ok(DeltaChunk { index, payload: Bytes::from(payload), digest })
     }
@@ -145,13 +144,8 @@ impl Delta {
 
 /// Total length of the encoded chunks, in bytes.
 pub fn encoded_bytes(values: &[f32], plan: ChunkPlan, encoding: Encoding) -> u64 {
-    let mut payload = Vec::new();
-    let lengths = values.chunks(plan.chunk_parameters() as usize).map(|chunk| {
-        payload.clear();
-        encoding.codec().encode(chunk, &mut payload);
-        payload.len() as u64
-    });
-    lengths.sum()
+    let lengths = values.chunks(plan.chunk_parameters() as usize);
+    lengths.map(|chunk| encoding.codec().encoded_bytes(chunk.len()) as u64).sum()
 }
 
 /// A name for a new delta.

@@ -8,12 +8,14 @@ use super::{DecodeError, DeltaCodec, check_finite, check_length};
 pub(super) struct Bf16;
 
 impl DeltaCodec for Bf16 {
-    fn encoded_bytes_max(&self, parameters: usize) -> usize {
+    fn encoded_bytes(&self, parameters: usize) -> usize {
         parameters * 2
     }
 
-    fn encode(&self, values: &[f32], out: &mut Vec<u8>) {
-        out.extend(values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()));
+    fn encode(&self, values: &[f32], payload: &mut [u8]) {
+        for (bytes, value) in payload.chunks_exact_mut(2).zip(values) {
+            bytes.copy_from_slice(&bf16::from_f32(*value).to_le_bytes());
+        }
     }
 
     fn decode(&self, payload: &[u8], values: &mut [f32]) -> Result<(), DecodeError> {

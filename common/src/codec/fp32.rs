@@ -5,12 +5,14 @@ use super::{DecodeError, DeltaCodec, check_finite, check_length};
 pub(super) struct Fp32;
 
 impl DeltaCodec for Fp32 {
-    fn encoded_bytes_max(&self, parameters: usize) -> usize {
+    fn encoded_bytes(&self, parameters: usize) -> usize {
         parameters * 4
     }
 
-    fn encode(&self, values: &[f32], out: &mut Vec<u8>) {
-        out.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+    fn encode(&self, values: &[f32], payload: &mut [u8]) {
+        for (bytes, value) in payload.chunks_exact_mut(4).zip(values) {
+            bytes.copy_from_slice(&value.to_le_bytes());
+        }
     }
 
     fn decode(&self, payload: &[u8], values: &mut [f32]) -> Result<(), DecodeError> {

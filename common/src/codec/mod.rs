@@ -7,12 +7,12 @@ use serde::{Deserialize, Serialize};
 
 /// Encodes and decodes one chunk. Implementations keep no state and allocate nothing per chunk.
 pub trait DeltaCodec: Send + Sync {
-    /// Most bytes that `parameters` values can take, known before anything is received: a longer
-    /// payload is refused unread.
-    fn encoded_bytes_max(&self, parameters: usize) -> usize;
+    /// Bytes that `parameters` values take, whatever they are: every encoding has a fixed rate, so that a
+    /// payload of another length is refused unread and a chunk's place in a file is known.
+    fn encoded_bytes(&self, parameters: usize) -> usize;
 
-    /// Appends the encoding of `values` to `out`.
-    fn encode(&self, values: &[f32], out: &mut Vec<u8>);
+    /// Encodes `values` into `payload`, which has exactly [`DeltaCodec::encoded_bytes`] bytes.
+    fn encode(&self, values: &[f32], payload: &mut [u8]);
 
     /// Decodes `payload` into `values`, which has the chunk's length.
     ///
@@ -68,6 +68,27 @@ impl Encoding {
         }
     }
 
+    /// The encoding of that name.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|encoding| encoding.name() == name)
+    }
+
+    /// What is left of the error of the last round when the next one is encoded, for encodings that lose so
+    /// much that it must not be lost: the sender encodes `delta + decay * error` and keeps what the encoding
+    /// dropped of that. None: errors are forgotten.
+    pub fn error_feedback_decay(self) -> Option<f32> {
+        match self {
+            Self::Fp32 | Self::Bf16 => None,
+        }
+    }
+
+    /// The encoding of `values` in a vector of its own.
+    pub fn encode(self, values: &[f32]) -> Vec<u8> {
+        let mut payload = vec![0; self.codec().encoded_bytes(values.len())];
+        self.codec().encode(values, &mut payload);
+        payload
+    }
+
     /// The implementation.
     pub fn codec(self) -> &'static dyn DeltaCodec {
         match self {
@@ -102,9 +123,7 @@ mod tests {
     use super::*;
 
     fn round_trip(encoding: Encoding, values: &[f32]) -> Vec<f32> {
-        let mut payload = Vec::new();
-        encoding.codec().encode(values, &mut payload);
-        assert!(payload.len() <= encoding.codec().encoded_bytes_max(values.len()));
+        let payload = encoding.encode(values);
         let mut decoded = vec![f32::NAN; values.len()];
         encoding.codec().decode(&payload, &mut decoded).unwrap();
         decoded
@@ -138,8 +157,7 @@ mod tests {
     fn values_that_are_not_finite_are_refused() {
         for encoding in Encoding::ALL {
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-                let mut payload = Vec::new();
-                encoding.codec().encode(&[0.0, 1.0, bad, 2.0], &mut payload);
+                let payload = encoding.encode(&[0.0, 1.0, bad, 2.0]);
                 let error = encoding.codec().decode(&payload, &mut [0.0; 4]).unwrap_err();
                 assert!(matches!(error, DecodeError::NotFinite { position: 2, .. }), "{error}");
             }
