@@ -5,9 +5,12 @@
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use consort_common::ids::{DeltaId, Digest, SiteName};
+use consort_common::{
+    codec::Encoding,
+    ids::{DeltaId, Digest, SiteName},
+};
 use consort_proto::v1::{
-    ChunkAcknowledged, DeltaBegin, DeltaChunk, DeltaFinish, UploadAccepted, UploadDeltaRequest,
+    ChunksAcknowledged, DeltaBegin, DeltaChunk, DeltaFinish, UploadAccepted, UploadDeltaRequest,
     UploadDeltaResponse, UploadResume, upload_delta_request as request, upload_delta_response as response,
 };
 use tokio::{sync::mpsc, task::spawn_blocking, time::timeout};
@@ -44,13 +47,13 @@ pub(super) async fn receive(
     else {
         return Err(Status::invalid_argument("an upload starts with `begin`"));
     };
-    let Some(ticket) = ticket(driver, site, &begin).await? else {
+    let Some((ticket, encoding)) = ticket(driver, site, &begin).await? else {
         return answer(answers, stall, response::Part::Accepted(UploadAccepted { duplicate: true })).await;
     };
     let place = uploads.enter(site)?;
-    let mut upload = place.exclusively(Upload::resume(driver, ticket, begin.total_bytes)).await?;
+    let mut upload = place.exclusively(Upload::resume(driver, ticket, encoding, begin.total_bytes)).await?;
     let held = upload.held.iter().copied().collect();
-    answer(answers, stall, response::Part::Resume(UploadResume { held })).await?;
+    answer(answers, stall, response::Part::Resume(UploadResume { held, window_bytes: 8 << 20 })).await?;
 
     loop {
         let message = tokio::select! {
@@ -65,7 +68,15 @@ pub(super) async fn receive(
             Some(request::Part::Chunk(chunk)) => {
                 let index = chunk.index;
                 upload.receive_chunk(driver, &place, chunk).await?;
-                answer(answers, stall, response::Part::Acknowledged(ChunkAcknowledged { index })).await?;
+                answer(
+                    answers,
+                    stall,
+                    response::Part::Acknowledged(ChunksAcknowledged {
+                        indices: vec![index],
+                        window_bytes: 8 << 20,
+                    }),
+                )
+                .await?;
             }
             Some(request::Part::Finish(finish)) => {
                 let duplicate = place.exclusively(upload.finish(driver, &finish)).await?;
@@ -91,7 +102,7 @@ async fn ticket(
     driver: &Arc<Driver>,
     site: &SiteName,
     begin: &DeltaBegin,
-) -> Result<Option<UploadTicket>, Status> {
+) -> Result<Option<(UploadTicket, Encoding)>, Status> {
     let run = run_name(&begin.run)?;
     let delta = DeltaId::try_from(begin.delta_id.as_slice());
     let delta = delta.map_err(|error| Status::invalid_argument(format!("delta_id: {error}")))?;
@@ -107,30 +118,35 @@ async fn ticket(
             return Err(DriverError::OtherDigest { what, run }.into());
         }
     }
-    let encoding = material.spec.wire.delta_encoding;
-    if begin.encoding != encoding.name() {
-        return Err(Status::invalid_argument(format!(
-            "encoding: is {:?}; the run's specification says {:?}",
-            begin.encoding.chars().take(40).collect::<String>(),
-            encoding.name()
-        )));
-    }
+    let preferred = material.spec.wire.delta_encoding;
+    let encoding = Encoding::parse(&begin.encoding)
+        .filter(|encoding| [preferred, Encoding::Fp32].contains(encoding))
+        .ok_or_else(|| {
+            Status::invalid_argument(format!(
+                "encoding: is {:?}; the run's specification says {:?}, and \"fp32\" is taken too",
+                begin.encoding.chars().take(40).collect::<String>(),
+                preferred.name()
+            ))
+        })?;
     let chunks = material.plan.chunks();
     if begin.chunks != chunks {
         return Err(Status::invalid_argument(format!("chunks: is {}; the model has {chunks}", begin.chunks)));
     }
-    if begin.total_bytes > material.delta_bytes {
+    let delta_bytes = material.delta_bytes(encoding);
+    if begin.total_bytes != delta_bytes {
         return Err(Status::invalid_argument(format!(
-            "total_bytes: is {}; a delta of this model takes {}",
-            begin.total_bytes, material.delta_bytes
+            "total_bytes: is {}; a delta of this model takes {delta_bytes} as {}",
+            begin.total_bytes,
+            encoding.name()
         )));
     }
-    Ok(Some(ticket))
+    Ok(Some((ticket, encoding)))
 }
 
 /// One upload under way.
 struct Upload {
     ticket: UploadTicket,
+    encoding: Encoding,
     spool: Arc<Spool>,
     held: BTreeSet<u32>,
     /// Payload that may still come, by what was announced.
@@ -140,7 +156,12 @@ struct Upload {
 }
 
 impl Upload {
-    async fn resume(driver: &Arc<Driver>, ticket: UploadTicket, total_bytes: u64) -> Result<Self, Status> {
+    async fn resume(
+        driver: &Arc<Driver>,
+        ticket: UploadTicket,
+        encoding: Encoding,
+        total_bytes: u64,
+    ) -> Result<Self, Status> {
         // Asked again: the site's last upload may have been accepted meanwhile, and what counts must stay.
         driver.check_upload_open(&ticket).await?;
         let spool = driver.spool();
@@ -152,6 +173,7 @@ impl Upload {
         .await?;
         Ok(Self {
             ticket,
+            encoding,
             spool,
             held: held.into_iter().collect(),
             bytes_left: total_bytes,
@@ -169,7 +191,7 @@ impl Upload {
         let DeltaChunk { index, payload, digest: announced } = chunk;
         let length = self.ticket.material.plan.length(index);
         let length = length.map_err(|error| Status::invalid_argument(error.to_string()))?;
-        let codec = self.ticket.material.spec.wire.delta_encoding.codec();
+        let codec = self.encoding.codec();
         let bytes = payload.len() as u64;
         if payload.len() != codec.encoded_bytes(length) {
             return Err(Status::invalid_argument(format!(
@@ -231,6 +253,7 @@ impl Upload {
             bytes: spooled.bytes,
             delta_digest: spooled.digest,
             delta: self.ticket.key.delta,
+            encoding: self.encoding,
         };
         // Counted before the round can end with it, so that each round's bytes are its own.
         let bytes = std::mem::take(&mut self.bytes_received);
