@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use consort_common::{
     chunk::ChunkPlan,
-    codec::Encoding,
     ids::{Digest, RunName},
     spec::{RunSpec, SpecError},
 };
@@ -53,13 +52,6 @@ impl RunMaterial {
             spec,
             spec_toml,
         })
-    }
-
-    /// Bytes that an encoded delta takes.
-    pub fn delta_bytes(&self, encoding: Encoding) -> u64 {
-        let chunk_bytes =
-            |index| self.plan.length(index).map_or(0, |length| encoding.codec().encoded_bytes(length) as u64);
-        (0..self.plan.chunks()).map(chunk_bytes).sum()
     }
 }
 

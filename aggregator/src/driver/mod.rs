@@ -123,7 +123,7 @@ impl Driver {
         let driver = Arc::new(Self {
             core: Mutex::default(),
             store,
-            spool: Arc::new(Spool::new(directory.join("spool"), config.limits.disk_reserve_bytes)),
+            spool: Arc::new(Spool::new(directory.join("spool"), config.limits.spool())),
             models: ModelFiles::new(directory.join("models")),
             limits: config.limits.clone(),
             federation: federation.to_owned(),
