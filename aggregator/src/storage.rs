@@ -30,7 +30,7 @@ const PROBE_MAX: Duration = Duration::from_secs(20);
 /// How often the first contact is tried before the aggregator gives up.
 const PROBE_RETRIES_MAX: usize = 2;
 /// No new try of a request begins after this. Beyond it the sender waits better than the aggregator.
-const RETRY_MAX: Duration = Duration::from_secs(20);
+const RETRY_MAX: Duration = Duration::from_secs(10);
 /// Tries of one request; with the pauses below, more than fit in [`RETRY_MAX`].
 const RETRIES_MAX: usize = 16;
 const PAUSE_MIN: Duration = Duration::from_millis(100);
