@@ -1,18 +1,21 @@
 //! The versions of the global model on disk.
 //!
 //! `<root>/<run>/<version>/` holds `parameters.f32` (the flat vector, fp32 little-endian),
-//! `momentum.f32` (the outer optimizer's, where it has one) and `chunks.blake3`: 32-byte digests, of the
-//! whole vector, of each of its chunks, and of each chunk of the momentum. Every chunk is verified whenever
-//! it is read. A version is there whole or not at all; which versions are *committed* is the database's to
-//! say: one above the newest committed is an orphan of a crash, and writing it again replaces it.
+//! `momentum.f32` (the outer optimizer's, where it has one) and `chunks.digests`: BLAKE3 of the whole vector
+//! and of each of its chunks, which are what others compare, and an XXH3 checksum of each chunk of each
+//! vector, by which every chunk is verified whenever it is read (a tenth of BLAKE3's time). A version is
+//! there whole or not at all; which versions are *committed* is the database's to say: one above the newest
+//! committed is an orphan of a crash, and writing it again replaces it.
 //!
-//! Nothing here computes a model. Calls block: async callers use `spawn_blocking`.
+//! Nothing here computes a model, and nothing holds more of one than a chunk, or maps it. Calls block: async
+//! callers use `spawn_blocking`.
 
 mod files;
+mod new_version;
 
 use std::{
-    fs::{self, File},
-    io::{self, Write},
+    fs,
+    io::{self, Read},
     os::unix::fs::FileExt,
     path::PathBuf,
 };
@@ -20,12 +23,17 @@ use std::{
 use consort_common::{
     atomic_file,
     chunk::{ChunkPlan, NoSuchChunk},
-    codec::Encoding,
     ids::{Digest, RunName},
     units,
 };
+use rayon::prelude::*;
 
-use self::files::{DIGESTS_FILE, Digests, MOMENTUM_FILE, NewFiles, PARAMETERS_FILE, Place};
+use self::files::{DIGESTS_FILE, MOMENTUM_FILE, NewFiles, PARAMETERS_FILE, Place, StoredVector, checksum};
+pub(crate) use self::new_version::ChunkRecord;
+pub use self::new_version::NewVersion;
+
+// Vectors are little-endian and are written as they lie in memory.
+const _: () = assert!(cfg!(target_endian = "little"), "models are written on little-endian machines");
 
 /// Bytes of one value.
 const VALUE_BYTES: u64 = 4;
@@ -85,25 +93,31 @@ impl ModelFiles {
         Self { root: root.into() }
     }
 
-    /// Writes version 0: `values`, and a momentum of zeros if the outer optimizer has one. To be called
+    /// Writes version 0, and a momentum of zeros if the outer optimizer has one: `fill` is called with a
+    /// position and a piece of the flat vector that begins there, by several threads at a time. To be called
     /// before the run is recorded, never after: it replaces a version 0 that is there.
+    ///
+    /// # Errors
+    /// [`ModelError::Full`], before anything is filled; or the system's.
     pub fn create_initial(
         &self,
         run: &RunName,
         plan: ChunkPlan,
-        values: &[f32],
         momentum: bool,
+        fill: impl Fn(u64, &mut [f32]) + Sync,
     ) -> Result<ModelVersion, ModelError> {
         let version = self.begin(run, 0, plan, momentum)?;
-        let mut rest = values;
-        let mut digests = Vec::new();
-        for index in 0..plan.chunks() {
-            let (chunk, tail) = rest.split_at(plan.length(index)?);
-            let zeros = momentum.then(|| vec![0.0; chunk.len()]);
-            digests.push(version.write(index, chunk, zeros.as_deref())?);
-            rest = tail;
-        }
-        version.finish(&digests)
+        let write = |(values, zeros): &mut (Vec<f32>, Vec<f32>), index| {
+            let range = plan.range(index)?;
+            let length = plan.length(index)?;
+            values.resize(length, 0.0);
+            zeros.resize(if momentum { length } else { 0 }, 0.0);
+            fill(range.start, values);
+            version.write(index, values, momentum.then_some(zeros.as_slice()))
+        };
+        let chunks = (0..plan.chunks()).into_par_iter().map_init(Default::default, write);
+        let chunks = chunks.collect::<Result<Vec<_>, _>>()?;
+        version.finish(&chunks)
     }
 
     /// Opens a version. What it holds is verified chunk by chunk as it is read.
@@ -116,7 +130,17 @@ impl ModelFiles {
         let parameters = place.open(PARAMETERS_FILE, plan)?.ok_or_else(|| place.missing())?;
         let momentum = place.open(MOMENTUM_FILE, plan)?;
         let digests = place.read_digests(plan, momentum.is_some())?;
-        Ok(ModelVersion { place, plan, parameters, momentum, digests })
+        let mut checksums = digests.checksums.into_iter();
+        let mut vector =
+            |name, file| StoredVector { name, file, checksums: checksums.next().unwrap_or_default() };
+        Ok(ModelVersion {
+            digest: digests.whole,
+            chunk_digests: digests.chunks,
+            parameters: vector(PARAMETERS_FILE, parameters),
+            momentum: momentum.map(|file| vector(MOMENTUM_FILE, file)),
+            place,
+            plan,
+        })
     }
 
     /// Starts to write a version, beside its place until [`NewVersion::finish`]. Its space is reserved, so
@@ -189,9 +213,10 @@ impl ModelFiles {
 pub struct ModelVersion {
     place: Place,
     plan: ChunkPlan,
-    parameters: File,
-    momentum: Option<File>,
-    digests: Digests,
+    digest: Digest,
+    chunk_digests: Vec<Digest>,
+    parameters: StoredVector,
+    momentum: Option<StoredVector>,
 }
 
 impl ModelVersion {
@@ -213,11 +238,10 @@ impl ModelVersion {
     /// BLAKE3 over the flat fp32 little-endian vector, as recorded when it was written: the same however
     /// the vector is cut.
     pub fn digest(&self) -> Digest {
-        self.digests.whole
+        self.digest
     }
 
-    /// The file that is the flat fp32 little-endian vector and nothing else. A reader that does not go by
-    /// chunks compares what it read with [`ModelVersion::digest`].
+    /// The file that is the flat fp32 little-endian vector and nothing else.
     pub fn parameters_path(&self) -> PathBuf {
         self.place.directory.join(PARAMETERS_FILE)
     }
@@ -227,133 +251,106 @@ impl ModelVersion {
         self.momentum.is_some()
     }
 
-    /// The parameters of chunk `index`, fp32 little-endian, and their digest, against which they were
-    /// verified.
+    /// The parameters of chunk `index`, fp32 little-endian, verified, and their BLAKE3 digest.
     ///
     /// # Errors
     /// If the chunk does not exist or is not what was written.
     pub fn chunk(&self, index: u32) -> Result<(Vec<u8>, Digest), ModelError> {
-        let mut payload = Vec::new();
-        let digest =
-            self.read(&self.parameters, PARAMETERS_FILE, &self.digests.parameters, index, &mut payload)?;
-        Ok((payload, digest))
+        let mut payload = vec![0; self.plan.length(index)? * VALUE_BYTES as usize];
+        self.read(&self.parameters, index, &mut payload)?;
+        Ok((payload, self.chunk_digests[index as usize]))
     }
 
-    /// Reads the parameters of chunk `index` into `values`, which has its length, by way of `bytes`.
-    pub(crate) fn read_parameters(
-        &self,
-        index: u32,
-        bytes: &mut Vec<u8>,
-        values: &mut [f32],
-    ) -> Result<(), ModelError> {
-        self.read(&self.parameters, PARAMETERS_FILE, &self.digests.parameters, index, bytes)?;
-        self.place.decode(PARAMETERS_FILE, bytes, values)
+    /// The whole flat vector, from its beginning, a chunk in memory at a time.
+    pub fn reader(&self) -> ModelBytes<'_> {
+        ModelBytes {
+            version: self,
+            next_chunk: 0,
+            chunk: Vec::new(),
+            taken: 0,
+            hasher: blake3::Hasher::new(),
+            fault: None,
+        }
+    }
+
+    /// Reads the parameters of chunk `index` into `values`, which has its length, and verifies them.
+    pub(crate) fn read_parameters(&self, index: u32, values: &mut [f32]) -> Result<(), ModelError> {
+        self.read(&self.parameters, index, bytemuck::cast_slice_mut(values))
     }
 
     /// Like [`ModelVersion::read_parameters`] for the momentum.
-    pub(crate) fn read_momentum(
-        &self,
-        index: u32,
-        bytes: &mut Vec<u8>,
-        values: &mut [f32],
-    ) -> Result<(), ModelError> {
-        let Some(momentum) = &self.momentum else {
-            return Err(self
-                .place
-                .corrupt(MOMENTUM_FILE, "the outer optimizer's state is not there".to_owned()));
-        };
-        self.read(momentum, MOMENTUM_FILE, &self.digests.momentum, index, bytes)?;
-        self.place.decode(MOMENTUM_FILE, bytes, values)
+    pub(crate) fn read_momentum(&self, index: u32, values: &mut [f32]) -> Result<(), ModelError> {
+        match &self.momentum {
+            Some(momentum) => self.read(momentum, index, bytemuck::cast_slice_mut(values)),
+            None => {
+                let reason = "the outer optimizer's state is not there".to_owned();
+                Err(self.place.corrupt(MOMENTUM_FILE, reason))
+            }
+        }
     }
 
-    fn read(
-        &self,
-        file: &File,
-        name: &str,
-        digests: &[Digest],
-        index: u32,
-        bytes: &mut Vec<u8>,
-    ) -> Result<Digest, ModelError> {
-        bytes.clear();
-        bytes.resize(self.plan.length(index)? * VALUE_BYTES as usize, 0);
+    /// Reads chunk `index` of a vector into `bytes`, which has its length.
+    fn read(&self, vector: &StoredVector, index: u32, bytes: &mut [u8]) -> Result<(), ModelError> {
+        let StoredVector { name, file, checksums } = vector;
         let offset = self.plan.range(index)?.start * VALUE_BYTES;
         file.read_exact_at(bytes, offset)
             .map_err(|error| self.place.corrupt(name, format!("chunk {index} cannot be read: {error}")))?;
-        let (expected, actual) = (digests[index as usize], Digest::of(bytes));
+        let (expected, actual) = (checksums[index as usize], checksum(bytes));
         if actual != expected {
-            let reason = format!("chunk {index} has the digest {}, not {}", actual.short(), expected.short());
+            let reason = format!("chunk {index} has the checksum {actual:016x}, not {expected:016x}");
             return Err(self.place.corrupt(name, reason));
         }
-        Ok(expected)
+        Ok(())
     }
 }
 
-/// What the two vectors of one written chunk hash to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct ChunkDigests {
-    parameters: Digest,
-    momentum: Option<Digest>,
-}
-
-/// A version that is being written. Dropped unfinished, it leaves nothing.
+/// The bytes of a version's flat vector, in order. Every chunk is verified before any of it is given, and
+/// the last one is given only if all of them together have the version's digest.
 #[derive(Debug)]
-pub struct NewVersion {
-    models: ModelFiles,
-    place: Place,
-    plan: ChunkPlan,
-    files: NewFiles,
+pub struct ModelBytes<'a> {
+    version: &'a ModelVersion,
+    next_chunk: u32,
+    chunk: Vec<u8>,
+    /// How much of `chunk` was given.
+    taken: usize,
+    hasher: blake3::Hasher,
+    fault: Option<ModelError>,
 }
 
-impl NewVersion {
-    /// Writes chunk `index`; several threads may write different chunks at a time. `momentum` is there if
-    /// the version has one.
-    pub(crate) fn write(
-        &self,
-        index: u32,
-        parameters: &[f32],
-        momentum: Option<&[f32]>,
-    ) -> Result<ChunkDigests, ModelError> {
-        let offset = self.plan.range(index)?.start * VALUE_BYTES;
-        let mut bytes = vec![0; parameters.len() * VALUE_BYTES as usize];
-        let mut write = |file: &File, values: &[f32]| {
-            Encoding::Fp32.codec().encode(values, &mut bytes);
-            let written = file.write_all_at(&bytes, offset);
-            written.map(|()| Digest::of(&bytes)).map_err(|error| self.explain(error))
-        };
-        let parameters = write(&self.files.parameters, parameters)?;
-        let momentum = match (&self.files.momentum, momentum) {
-            (Some(file), Some(values)) => Some(write(file, values)?),
-            _ => None,
-        };
-        Ok(ChunkDigests { parameters, momentum })
+impl ModelBytes<'_> {
+    /// Why reading failed, if it did: the error of [`Read`] says no more than that.
+    pub fn into_fault(self) -> Option<ModelError> {
+        self.fault
     }
 
-    /// Makes the version durable and puts it in its place, with the digests of its chunks in order.
-    pub(crate) fn finish(self, chunks: &[ChunkDigests]) -> Result<ModelVersion, ModelError> {
-        self.files.sync().map_err(|error| self.explain(error))?;
-        // Read back, which costs a pass over cached pages: chunks may have been written in any order.
-        let mut whole = blake3::Hasher::new();
-        whole.update_mmap_rayon(self.files.partial.join(PARAMETERS_FILE))?;
-        let digests = Digests {
-            whole: whole.finalize().into(),
-            parameters: chunks.iter().map(|chunk| chunk.parameters).collect(),
-            momentum: chunks.iter().filter_map(|chunk| chunk.momentum).collect(),
-        };
-        atomic_file::write_durably(&self.files.partial.join(DIGESTS_FILE), |file| {
-            file.write_all(&digests.to_bytes())
-        })
-        .map_err(|error| self.explain(error))?;
-        atomic_file::rename_directory_into_place(&self.files.partial, &self.place.directory)?;
-        // The run's directory, and the first time the root, are new entries too.
-        let ancestors = self.place.directory.ancestors().skip(2).take(2);
-        ancestors
-            .filter(|ancestor| !ancestor.as_os_str().is_empty())
-            .try_for_each(atomic_file::sync_directory)?;
-        self.models.open(&self.place.run, self.place.version, self.plan)
+    fn read_next_chunk(&mut self) -> Result<(), ModelError> {
+        let Self { version, next_chunk, chunk, taken, hasher, .. } = self;
+        *taken = 0;
+        chunk.resize(version.plan.length(*next_chunk)? * VALUE_BYTES as usize, 0);
+        version.read(&version.parameters, *next_chunk, chunk)?;
+        hasher.update_rayon(chunk);
+        *next_chunk += 1;
+        let found = Digest::from(hasher.finalize());
+        if *next_chunk == version.plan.chunks() && found != version.digest {
+            let reason = format!("it has the digest {}, not {}", found.short(), version.digest.short());
+            return Err(version.place.corrupt(PARAMETERS_FILE, reason));
+        }
+        Ok(())
     }
+}
 
-    fn explain(&self, error: io::Error) -> ModelError {
-        self.models.explain(&self.place, self.files.bytes(), error)
+impl Read for ModelBytes<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.taken == self.chunk.len() && self.next_chunk < self.version.plan.chunks() {
+            self.read_next_chunk().map_err(|fault| {
+                self.chunk.clear();
+                self.fault = Some(fault);
+                io::Error::other("the model cannot be read")
+            })?;
+        }
+        let given = (&self.chunk[self.taken..]).read(buffer)?;
+        self.taken += given;
+        Ok(given)
     }
 }
 

@@ -58,9 +58,11 @@ impl Driver {
             }
             write_atomically(&path, &tokenizer)
                 .map_err(|error| write_error(&path, std::io::Error::other(error)))?;
-            let flat = description.spec.model.manifest().initialise(description.spec.seed);
+            let manifest = description.spec.model.manifest();
             let momentum = reduce::has_momentum(&description.spec.outer.optimizer);
-            Ok(models.create_initial(&description.name, description.plan, &flat, momentum)?)
+            Ok(models.create_initial(&description.name, description.plan, momentum, |start, values| {
+                manifest.fill_initial(description.spec.seed, start, values);
+            })?)
         })
         .await
         .map_err(|_| DriverError::TaskFailed("the initial model"))??;

@@ -9,17 +9,33 @@ use std::{
 use consort_common::{
     atomic_file,
     chunk::ChunkPlan,
-    codec::Encoding,
     ids::{Digest, RunName},
 };
+
+use twox_hash::XxHash3_64;
 
 use super::{ModelError, VALUE_BYTES};
 
 pub(super) const PARAMETERS_FILE: &str = "parameters.f32";
 pub(super) const MOMENTUM_FILE: &str = "momentum.f32";
-pub(super) const DIGESTS_FILE: &str = "chunks.blake3";
+pub(super) const DIGESTS_FILE: &str = "chunks.digests";
 /// Bytes of one digest.
 pub(super) const DIGEST_BYTES: usize = 32;
+/// Bytes of one checksum.
+const CHECKSUM_BYTES: usize = 8;
+
+/// XXH3, 64 bits: tells what a disk or a memory chip did, not what somebody made up.
+pub(super) fn checksum(bytes: &[u8]) -> u64 {
+    XxHash3_64::oneshot(bytes)
+}
+
+/// A vector of a complete version, with the checksum of each of its chunks.
+#[derive(Debug)]
+pub(super) struct StoredVector {
+    pub(super) name: &'static str,
+    pub(super) file: File,
+    pub(super) checksums: Vec<u64>,
+}
 
 /// The files of a version that is being written, in a directory beside its place.
 #[derive(Debug)]
@@ -77,27 +93,43 @@ fn create_reserved(path: &Path, bytes: u64) -> io::Result<File> {
     Ok(file)
 }
 
-/// The digests of a version, as stored beside it.
+/// What is recorded of a version, as stored beside it: the digests, the checksums (little-endian), and last a
+/// checksum of all this.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Digests {
+    /// Of the whole vector.
     pub(super) whole: Digest,
-    pub(super) parameters: Vec<Digest>,
-    /// Empty without momentum.
-    pub(super) momentum: Vec<Digest>,
+    /// Of its chunks.
+    pub(super) chunks: Vec<Digest>,
+    /// Of each vector's chunks: the parameters first, then the momentum if there is one.
+    pub(super) checksums: Vec<Vec<u64>>,
 }
 
 impl Digests {
     pub(super) fn to_bytes(&self) -> Vec<u8> {
-        let all = [&self.whole].into_iter().chain(&self.parameters).chain(&self.momentum);
-        all.flat_map(|digest| *digest.as_bytes()).collect()
+        let digests = [&self.whole].into_iter().chain(&self.chunks).flat_map(|digest| *digest.as_bytes());
+        let checksums = self.checksums.iter().flatten().flat_map(|checksum| checksum.to_le_bytes());
+        let mut bytes: Vec<u8> = digests.chain(checksums).collect();
+        bytes.extend(checksum(&bytes).to_le_bytes());
+        bytes
     }
 
-    pub(super) fn from_bytes(bytes: &[u8], chunks: usize, momentum: bool) -> Option<Self> {
-        let all: Result<Vec<_>, _> = bytes.chunks(DIGEST_BYTES).map(Digest::try_from).collect();
-        let mut all =
-            all.ok().filter(|all| all.len() == 1 + chunks * (1 + usize::from(momentum)))?.into_iter();
-        let whole = all.next()?;
-        Some(Self { whole, parameters: all.by_ref().take(chunks).collect(), momentum: all.collect() })
+    pub(super) fn from_bytes(bytes: &[u8], chunks: usize, vectors: usize) -> Option<Self> {
+        let (bytes, own) = bytes.split_last_chunk::<CHECKSUM_BYTES>()?;
+        let digests_bytes = (1 + chunks) * DIGEST_BYTES;
+        let expected = digests_bytes + vectors * chunks * CHECKSUM_BYTES;
+        if bytes.len() != expected || checksum(bytes) != u64::from_le_bytes(*own) {
+            return None;
+        }
+        let (digests, checksums) = bytes.split_at(digests_bytes);
+        let digests: Result<Vec<_>, _> = digests.chunks(DIGEST_BYTES).map(Digest::try_from).collect();
+        let mut digests = digests.ok()?.into_iter();
+        let mut checksums = checksums.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes));
+        Some(Self {
+            whole: digests.next()?,
+            chunks: digests.collect(),
+            checksums: (0..vectors).map(|_| checksums.by_ref().take(chunks).collect()).collect(),
+        })
     }
 }
 
@@ -135,13 +167,10 @@ impl Place {
     pub(super) fn read_digests(&self, plan: ChunkPlan, momentum: bool) -> Result<Digests, ModelError> {
         let bytes = fs::read(self.directory.join(DIGESTS_FILE))
             .map_err(|error| self.corrupt(DIGESTS_FILE, format!("it cannot be read: {error}")))?;
-        Digests::from_bytes(&bytes, plan.chunks() as usize, momentum).ok_or_else(|| {
+        let vectors = 1 + usize::from(momentum);
+        Digests::from_bytes(&bytes, plan.chunks() as usize, vectors).ok_or_else(|| {
             let reason = format!("its {} bytes are not the digests of {} chunks", bytes.len(), plan.chunks());
             self.corrupt(DIGESTS_FILE, reason)
         })
-    }
-
-    pub(super) fn decode(&self, name: &str, bytes: &[u8], values: &mut [f32]) -> Result<(), ModelError> {
-        Encoding::Fp32.codec().decode(bytes, values).map_err(|error| self.corrupt(name, error.to_string()))
     }
 }

@@ -17,6 +17,15 @@ fn ramp(length: u16) -> Vec<f32> {
     (0..length).map(|value| f32::from(value) - 3.5).collect()
 }
 
+/// Writes version 0 from a vector.
+fn create(models: &ModelFiles, plan: ChunkPlan, values: &[f32], momentum: bool) -> ModelVersion {
+    let fill = |start, piece: &mut [f32]| {
+        let start = usize::try_from(start).unwrap();
+        piece.copy_from_slice(&values[start..start + piece.len()]);
+    };
+    models.create_initial(&run(), plan, momentum, fill).unwrap()
+}
+
 fn bytes(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
@@ -35,7 +44,7 @@ proptest! {
     fn a_model_has_one_digest_however_it_is_cut(length in 0u16..3000, chunk in 1u32..1200, momentum: bool) {
         let (_folder, models) = models();
         let (plan, values) = (ChunkPlan::new(length.into(), chunk), ramp(length));
-        let version = models.create_initial(&run(), plan, &values, momentum).unwrap();
+        let version = create(&models, plan, &values, momentum);
         prop_assert_eq!(version.digest(), Digest::of(&bytes(&values)));
         prop_assert_eq!(version.has_momentum(), momentum);
 
@@ -47,7 +56,10 @@ proptest! {
             read.extend(payload);
         }
         prop_assert_eq!(&read, &bytes(&values));
-        prop_assert_eq!(fs::read(version.parameters_path()).unwrap(), read);
+        prop_assert_eq!(&fs::read(version.parameters_path()).unwrap(), &read);
+        let mut whole = Vec::new();
+        version.reader().read_to_end(&mut whole).unwrap();
+        prop_assert_eq!(whole, read);
         prop_assert!(version.chunk(plan.chunks()).is_err());
     }
 }
@@ -55,9 +67,9 @@ proptest! {
 #[test]
 fn initial_momentum_is_zero() {
     let (_folder, models) = models();
-    let version = models.create_initial(&run(), ChunkPlan::new(10, 4), &ramp(10), true).unwrap();
+    let version = create(&models, ChunkPlan::new(10, 4), &ramp(10), true);
     let mut values = [1.0; 2];
-    version.read_momentum(2, &mut Vec::new(), &mut values).unwrap();
+    version.read_momentum(2, &mut values).unwrap();
     assert_eq!(values, [0.0; 2]);
 }
 
@@ -65,8 +77,8 @@ fn initial_momentum_is_zero() {
 fn an_orphan_is_replaced_and_an_unfinished_version_leaves_nothing() {
     let (_folder, models) = models();
     let plan = ChunkPlan::new(10, 4);
-    models.create_initial(&run(), plan, &ramp(10), false).unwrap();
-    models.create_initial(&run(), plan, &[7.0; 10], false).unwrap();
+    create(&models, plan, &ramp(10), false);
+    create(&models, plan, &[7.0; 10], false);
     assert_eq!(models.open(&run(), 0, plan).unwrap().chunk(0).unwrap().0, bytes(&[7.0; 4]));
 
     // As if killed while writing, then tried again, then given up.
@@ -113,7 +125,7 @@ fn a_version_of_another_size_is_refused() {
 fn an_open_version_stays_readable_when_it_is_retired() {
     let (_folder, models) = models();
     let plan = ChunkPlan::new(10, 4);
-    let old = models.create_initial(&run(), plan, &ramp(10), false).unwrap();
+    let old = create(&models, plan, &ramp(10), false);
     write_version(&models, 1, plan);
     models.retain(&run(), &[1]).unwrap();
     assert_eq!(models.versions(&run()).unwrap(), [1]);
@@ -124,7 +136,7 @@ fn an_open_version_stays_readable_when_it_is_retired() {
 fn check_damage(name: &str, damage: impl FnOnce(&mut Vec<u8>)) {
     let (_folder, models) = models();
     let plan = ChunkPlan::new(10, 4);
-    models.create_initial(&run(), plan, &ramp(10), true).unwrap();
+    create(&models, plan, &ramp(10), true);
     let path = models.directory(&run(), 0).join(name);
     let mut content = fs::read(&path).unwrap();
     damage(&mut content);
@@ -133,8 +145,8 @@ fn check_damage(name: &str, damage: impl FnOnce(&mut Vec<u8>)) {
         let version = models.open(&run(), 0, plan)?;
         for index in 0..plan.chunks() {
             let mut values = vec![0.0; plan.length(index)?];
-            version.read_parameters(index, &mut Vec::new(), &mut values)?;
-            version.read_momentum(index, &mut Vec::new(), &mut values)?;
+            version.read_parameters(index, &mut values)?;
+            version.read_momentum(index, &mut values)?;
         }
         Ok(())
     };
@@ -152,6 +164,21 @@ fn damage_to_any_file_is_found() {
     check_damage(DIGESTS_FILE, |content| content[DIGEST_BYTES + 5] ^= 1);
     check_damage(DIGESTS_FILE, |content| content.truncate(DIGEST_BYTES * 4));
     check_damage(DIGESTS_FILE, Vec::clear);
+}
+
+#[test]
+fn a_reader_gives_no_chunk_that_is_damaged() {
+    let (_folder, models) = models();
+    let plan = ChunkPlan::new(10, 4);
+    let version = create(&models, plan, &ramp(10), false);
+    let mut content = bytes(&ramp(10));
+    content[20] ^= 1;
+    fs::write(version.parameters_path(), content).unwrap();
+    let mut reader = version.reader();
+    let mut read = Vec::new();
+    reader.read_to_end(&mut read).unwrap_err();
+    assert_eq!(read, bytes(&ramp(4)));
+    assert!(matches!(reader.into_fault(), Some(ModelError::Corrupt { version: 0, .. })));
 }
 
 #[test]
