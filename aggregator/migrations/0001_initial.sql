@@ -78,6 +78,8 @@ CREATE TABLE contributions (
     delta_norm    DOUBLE PRECISION NOT NULL,
     -- Encoded payload.
     bytes         BIGINT NOT NULL,
+    -- How the delta was encoded, by its name in specifications.
+    encoding      TEXT NOT NULL,
     -- Digest over the delta's chunk digests, in order.
     delta_digest  TEXT NOT NULL,
     accepted_ms   BIGINT NOT NULL,

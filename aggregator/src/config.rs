@@ -15,6 +15,8 @@ use figment::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::spool::SpoolLimits;
+
 /// Prefix of the environment variables that override the file.
 pub const ENVIRONMENT_PREFIX: &str = "CONSORT_AGGREGATOR_";
 
@@ -41,8 +43,12 @@ pub struct Config {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
-    /// Uploads are refused while the disk has less than this left, in bytes.
+    /// Uploads are refused that would leave the disk less than this, in bytes.
     pub disk_reserve_bytes: u64,
+    /// Most that uploaded deltas take together until they are averaged, in bytes; 0: what the disk has.
+    pub spool_bytes_max: u64,
+    /// The same for the deltas of one site.
+    pub spool_bytes_per_site_max: u64,
     /// Transfers that have not moved for this long are cut, in seconds. Slow ones live.
     pub stall_seconds: u64,
     /// Uploads at a time, over all sites.
@@ -52,6 +58,15 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// What the spool may occupy.
+    pub fn spool(&self) -> SpoolLimits {
+        SpoolLimits {
+            disk_reserve_bytes: self.disk_reserve_bytes,
+            total_bytes_max: self.spool_bytes_max,
+            site_bytes_max: self.spool_bytes_per_site_max,
+        }
+    }
+
     /// How long a transfer may stand still.
     pub fn stall(&self) -> Duration {
         Duration::from_secs(self.stall_seconds)
@@ -86,7 +101,14 @@ impl Default for Config {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { disk_reserve_bytes: 512 << 20, stall_seconds: 120, uploads_max: 64, downloads_max: 64 }
+        Self {
+            disk_reserve_bytes: 512 << 20,
+            spool_bytes_max: 0,
+            spool_bytes_per_site_max: 0,
+            stall_seconds: 120,
+            uploads_max: 64,
+            downloads_max: 64,
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use consort_common::{
+    codec::Encoding,
     ids::{RunName, SiteName},
     units::UnixMs,
 };
@@ -45,6 +46,15 @@ pub struct Daemon {
     pub device: String,
     /// The client's version, for people.
     pub software_version: String,
+    /// Delta encodings that it speaks.
+    pub encodings: Vec<Encoding>,
+}
+
+impl Daemon {
+    /// How its deltas are to travel where the run prefers `preferred`: every client speaks fp32.
+    pub fn delta_encoding(&self, preferred: Encoding) -> Encoding {
+        if self.encodings.contains(&preferred) { preferred } else { Encoding::Fp32 }
+    }
 }
 
 /// One connected (or just lost) site.
@@ -148,7 +158,7 @@ mod tests {
     const SECOND: [u8; 16] = [2; 16];
 
     fn daemon(instance: [u8; 16]) -> Daemon {
-        Daemon { instance, device: "cpu".into(), software_version: "0".into() }
+        Daemon { instance, device: "cpu".into(), software_version: "0".into(), encodings: Vec::new() }
     }
 
     fn site() -> SiteName {

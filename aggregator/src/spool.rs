@@ -1,19 +1,24 @@
-//! The spool: uploaded delta chunks, durable before they are acknowledged.
+//! The spool: uploaded deltas, durable before they are acknowledged.
 //!
-//! `<root>/<run>/<round>/<site>/<delta id>/<index>.chunk`, each the 32-byte BLAKE3 of the payload and the payload.
+//! `<root>/<run>/<round>/<site>/<delta id>.delta`, each a file with a place for every chunk (see `delta`).
 //! A chunk is there whole or not at all, and is verified again whenever it is read: the spool never
 //! returns bytes that it did not accept. It does not know what a payload means, and decides neither who
-//! may write nor when a round's chunks are no longer needed. Calls block: async callers use
+//! may write nor when a round's deltas are no longer needed. Calls block: async callers use
 //! `spawn_blocking`.
+//!
+//! Sketch: a file per chunk would cost two syncs and a directory entry each, which on a disk that writes
+//! 1 GB/s is most of the time at 1 MiB. Here one sync covers all chunks that came while the last one ran.
+
+mod delta;
 
 use std::{
-    collections::HashSet,
+    collections::BTreeMap,
     fmt,
     fs::{self, File},
-    hash::{DefaultHasher, Hash, Hasher},
-    io::{self, Read, Write},
+    io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use consort_common::{
@@ -22,14 +27,14 @@ use consort_common::{
     units,
 };
 
-/// Bytes that a chunk's file has before the payload.
-const HEADER_BYTES: usize = 32;
-/// Ending of a chunk's file name.
-const CHUNK_SUFFIX: &str = ".chunk";
-/// Directories from the one that holds the spool down to a site's, whose entries lead to a delta's chunks.
+pub use self::delta::{DeltaLayout, SpooledDelta};
+
+/// Ending of a delta's file name.
+const DELTA_SUFFIX: &str = ".delta";
+/// Directories from a delta's own up to the one that holds the spool, whose entries lead to the delta.
 const DIRECTORY_LEVELS: usize = 5;
-/// Chunks that are written at one time, at most.
-const WRITERS_MAX: usize = 64;
+/// What the system counts a file's blocks in, whatever their size.
+const BLOCK_BYTES: u64 = 512;
 
 /// Which delta a chunk belongs to.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -59,34 +64,82 @@ pub struct DeltaSummary {
     pub bytes: u64,
 }
 
-/// Why the spool did not do what was asked.
-#[derive(Debug, thiserror::Error)]
-pub enum SpoolError {
-    /// The payload is not what its sender hashed.
-    #[error(
-        "chunk {index} of {key} was not stored: its bytes have the digest {actual}, not {claimed}; send it again"
-    )]
-    WrongDigest {
-        /// Whose chunk.
-        key: Box<ContributionKey>,
-        /// Which chunk.
-        index: u32,
-        /// The digest that came with it.
-        claimed: Digest,
-        /// The digest that it has.
-        actual: Digest,
-    },
-    /// There is no room; retrying later makes sense.
-    #[error("chunk {index} of {key} was not stored: the aggregator's disk has {} left and {} are kept in reserve; retry when its operator has made room", units::bytes(*available_bytes), units::bytes(*reserve_bytes))]
-    Full {
-        /// Whose chunk.
-        key: Box<ContributionKey>,
-        /// Which chunk.
-        index: u32,
-        /// What the filesystem has left.
+/// What a spool may occupy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SpoolLimits {
+    /// What stays free on the filesystem, for reduction and the database to finish.
+    pub disk_reserve_bytes: u64,
+    /// Most that all deltas take together; 0: what the disk has.
+    pub total_bytes_max: u64,
+    /// Most that the deltas of one site take together; 0: what the disk has.
+    pub site_bytes_max: u64,
+}
+
+/// What there is no room under.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bound {
+    /// The filesystem.
+    Disk {
+        /// What it has left.
         available_bytes: u64,
         /// What must stay free.
         reserve_bytes: u64,
+    },
+    /// The bound for all sites together.
+    Total {
+        /// As configured.
+        bytes_max: u64,
+    },
+    /// The bound for each site.
+    Site {
+        /// As configured.
+        bytes_max: u64,
+    },
+}
+
+impl fmt::Display for Bound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Disk { available_bytes, reserve_bytes } => write!(
+                f,
+                "the aggregator's disk has {} left and {} are kept in reserve",
+                units::bytes(*available_bytes),
+                units::bytes(*reserve_bytes)
+            ),
+            Self::Total { bytes_max } => {
+                write!(
+                    f,
+                    "the deltas of all sites may take {} (limits.spool_bytes_max)",
+                    units::bytes(*bytes_max)
+                )
+            }
+            Self::Site { bytes_max } => {
+                write!(
+                    f,
+                    "the deltas of a site may take {} (limits.spool_bytes_per_site_max)",
+                    units::bytes(*bytes_max)
+                )
+            }
+        }
+    }
+}
+
+/// Why the spool did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum SpoolError {
+    /// There is no room; retrying later makes sense.
+    #[error("{key} was not stored: {bound}; retry when the aggregator's operator has made room")]
+    Full {
+        /// Whose delta.
+        key: Box<ContributionKey>,
+        /// What it does not fit under.
+        bound: Bound,
+    },
+    /// The delta is accepted and does not change any more.
+    #[error("{key} is being accepted and takes no further chunks")]
+    Sealed {
+        /// Whose delta.
+        key: Box<ContributionKey>,
     },
     /// The chunk was never stored, or its round was discarded.
     #[error("chunk {index} of {key} is not in the spool")]
@@ -117,137 +170,145 @@ impl SpoolError {
     /// The chunk that the error is about; 0 where it is about none.
     pub(crate) fn chunk(&self) -> u32 {
         match self {
-            Self::WrongDigest { index, .. }
-            | Self::Full { index, .. }
-            | Self::Missing { index, .. }
-            | Self::Corrupt { index, .. } => *index,
-            Self::Io(_) => 0,
+            Self::Missing { index, .. } | Self::Corrupt { index, .. } => *index,
+            Self::Full { .. } | Self::Sealed { .. } | Self::Io(_) => 0,
         }
     }
 }
 
-/// The durable chunks of all runs.
+/// A delta's place in the table of open ones: locked while it is opened, which can take a while.
+type Place = Arc<Mutex<Option<Arc<SpooledDelta>>>>;
+
+/// The deltas of all runs that wait to be averaged.
 #[derive(Debug)]
 pub struct Spool {
     root: PathBuf,
-    reserve_bytes: u64,
-    /// Deltas whose directories this process knows to be durable; discarding removes them.
-    prepared: Mutex<HashSet<ContributionKey>>,
-    /// One is held while a chunk is written, chosen by its name: a path has one writer at a time.
-    writers: [Mutex<()>; WRITERS_MAX],
+    limits: SpoolLimits,
+    /// Deltas that this process has opened, until they are discarded.
+    open: Mutex<BTreeMap<ContributionKey, Place>>,
+    /// Held while space is counted and taken, so that no two take the same.
+    space: Mutex<()>,
 }
 
 impl Spool {
-    /// A spool under `root`, which is created with the first chunk. No chunk is accepted that would leave
-    /// less than `reserve_bytes` on its filesystem: what reduction and the database need to finish.
-    pub fn new(root: impl Into<PathBuf>, reserve_bytes: u64) -> Self {
-        Self {
-            root: root.into(),
-            reserve_bytes,
-            prepared: Mutex::default(),
-            writers: [const { Mutex::new(()) }; _],
-        }
+    /// A spool under `root`, which is created with the first delta.
+    pub fn new(root: impl Into<PathBuf>, limits: SpoolLimits) -> Self {
+        Self { root: root.into(), limits, open: Mutex::default(), space: Mutex::new(()) }
     }
 
-    /// Stores a chunk; when this returns, it survives power loss. Storing the same chunk again changes
-    /// nothing; another payload replaces it, and so does the same one over a damaged file.
+    /// The site's delta of that key, to be received: its space is taken and its name is durable. What an
+    /// earlier process stored of it is verified and held.
     ///
     /// # Errors
-    /// [`SpoolError::WrongDigest`], [`SpoolError::Full`], or the system's refusal. Nothing is stored then.
-    pub fn put(
+    /// [`SpoolError::Full`], or the system's refusal. Nothing is stored then.
+    pub fn receive(
         &self,
         key: &ContributionKey,
-        index: u32,
-        payload: &[u8],
-        digest: Digest,
-    ) -> Result<(), SpoolError> {
-        let actual = Digest::of(payload);
-        if actual != digest {
-            return Err(SpoolError::WrongDigest {
-                key: Box::new(key.clone()),
-                index,
-                claimed: digest,
-                actual,
-            });
-        }
-        let path = self.chunk(key, index);
-        let _writer = self.writer(&path);
-        if self.holds(key, index, digest) {
-            return Ok(());
-        }
-        self.check_space(key, index, payload.len() as u64)?;
-        let stored = self.prepare_directory(key).and_then(|()| {
-            atomic_file::write_atomically_with(&path, |file| {
-                file.write_all(digest.as_bytes())?;
-                file.write_all(payload)
-            })
-        });
-        match stored {
-            Err(error) if is_full(&error) => Err(self.full(key, index)?),
-            stored => Ok(stored?),
-        }
+        layout: DeltaLayout,
+    ) -> Result<Arc<SpooledDelta>, SpoolError> {
+        self.open(key, layout, || self.create(key, layout))
     }
 
-    /// Indices of the chunks that are durable, ascending.
-    pub fn held(&self, key: &ContributionKey) -> Result<Vec<u32>, SpoolError> {
-        let names = names(&self.delta(key))?;
-        let mut held: Vec<u32> =
-            names.iter().filter_map(|name| name.strip_suffix(CHUNK_SUFFIX)?.parse().ok()).collect();
-        held.sort_unstable();
-        Ok(held)
-    }
-
-    /// Reads a chunk's payload into `payload`, replacing what that holds, and returns its digest.
+    /// The delta of that key, to be read.
     ///
     /// # Errors
-    /// [`SpoolError::Missing`], [`SpoolError::Corrupt`] if it is not what was stored, or the system's.
-    pub fn read(
+    /// [`SpoolError::Missing`] with its first chunk if there is none, or the system's refusal.
+    pub fn stored(
         &self,
         key: &ContributionKey,
-        index: u32,
-        payload: &mut Vec<u8>,
-    ) -> Result<Digest, SpoolError> {
-        let (mut file, digest) = self.open(key, index)?;
-        payload.clear();
-        file.read_to_end(payload).map_err(|error| self.unreadable(key, index, &error))?;
-        let actual = Digest::of(payload);
-        if actual != digest {
-            let reason = format!(
-                "its {} bytes have the digest {}, not {}",
-                payload.len(),
-                actual.short(),
-                digest.short()
-            );
-            return Err(SpoolError::Corrupt { key: Box::new(key.clone()), index, reason });
-        }
-        Ok(digest)
+        layout: DeltaLayout,
+    ) -> Result<Arc<SpooledDelta>, SpoolError> {
+        self.open(key, layout, || match File::options().read(true).write(true).open(self.path(key)) {
+            Ok(file) if file.metadata()?.len() >= layout.file_bytes() => Ok(file),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
+            _ => Err(SpoolError::Missing { key: Box::new(key.clone()), index: 0 }),
+        })
     }
 
-    /// What identifies a delta of `chunks` chunks, and its size. Reads the chunks' digests only;
-    /// [`Spool::read`] verifies payloads against them.
-    pub fn summary(&self, key: &ContributionKey, chunks: u32) -> Result<DeltaSummary, SpoolError> {
-        let mut hasher = blake3::Hasher::new();
-        let mut bytes = 0;
-        for index in 0..chunks {
-            let (file, digest) = self.open(key, index)?;
-            hasher.update(digest.as_bytes());
-            let metadata = file.metadata().map_err(|error| self.unreadable(key, index, &error))?;
-            bytes += metadata.len().saturating_sub(HEADER_BYTES as u64);
+    fn open(
+        &self,
+        key: &ContributionKey,
+        layout: DeltaLayout,
+        file: impl FnOnce() -> Result<File, SpoolError>,
+    ) -> Result<Arc<SpooledDelta>, SpoolError> {
+        let place = lock(&self.open).entry(key.clone()).or_default().clone();
+        let mut place = lock(&place);
+        if let Some(delta) = place.as_ref().filter(|delta| delta.layout() == layout) {
+            return Ok(delta.clone());
         }
-        Ok(DeltaSummary { digest: hasher.finalize().into(), bytes })
+        let delta = Arc::new(SpooledDelta::open(key.clone(), layout, file()?)?);
+        *place = Some(delta.clone());
+        Ok(delta)
+    }
+
+    /// Creates or takes up the delta's file at its full length, and makes the entries that lead to it
+    /// durable: a process that was killed may not have come to that.
+    fn create(&self, key: &ContributionKey, layout: DeltaLayout) -> Result<File, SpoolError> {
+        let path = self.path(key);
+        let directory = self.site(key);
+        fs::create_dir_all(&directory)?;
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(&path)?;
+        if let Err(error) = self.take_space(key, &file, layout) {
+            // An empty file says nothing; one with chunks is what a retry goes on with.
+            if file.metadata()?.len() == 0 {
+                let _ = fs::remove_file(&path);
+            }
+            return Err(error);
+        }
+        for ancestor in directory.ancestors().take(DIRECTORY_LEVELS) {
+            // The parent of a bare name is written as nothing.
+            let here = ancestor.as_os_str().is_empty();
+            atomic_file::sync_directory(if here { Path::new(".") } else { ancestor })?;
+        }
+        Ok(file)
+    }
+
+    /// Takes what the delta lacks of its space, so that a full disk is found now and not half-way.
+    fn take_space(&self, key: &ContributionKey, file: &File, layout: DeltaLayout) -> Result<(), SpoolError> {
+        let _space = lock(&self.space);
+        let taken_bytes = file.metadata()?.blocks() * BLOCK_BYTES;
+        let wanted_bytes = layout.file_bytes();
+        let bytes = wanted_bytes.saturating_sub(taken_bytes);
+        self.check_space(key, bytes)?;
+        if file.metadata()?.len() < wanted_bytes {
+            match fs4::FileExt::allocate(file, wanted_bytes) {
+                // Some network filesystems cannot reserve; the writes then find out.
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
+                Err(error) if is_full(&error) => {
+                    return Err(self.full(key, self.disk()?));
+                }
+                allocated => allocated?,
+            }
+            file.set_len(wanted_bytes)?;
+        }
+        Ok(())
+    }
+
+    fn check_space(&self, key: &ContributionKey, bytes: u64) -> Result<(), SpoolError> {
+        let disk = self.disk()?;
+        let SpoolLimits { disk_reserve_bytes, total_bytes_max, site_bytes_max } = self.limits;
+        if let Bound::Disk { available_bytes, .. } = disk
+            && available_bytes < bytes.saturating_add(disk_reserve_bytes)
+        {
+            return Err(self.full(key, disk));
+        }
+        if total_bytes_max > 0 && allocated_bytes(&self.root)?.saturating_add(bytes) > total_bytes_max {
+            return Err(self.full(key, Bound::Total { bytes_max: total_bytes_max }));
+        }
+        if site_bytes_max > 0 && allocated_bytes(&self.site(key))?.saturating_add(bytes) > site_bytes_max {
+            return Err(self.full(key, Bound::Site { bytes_max: site_bytes_max }));
+        }
+        Ok(())
     }
 
     /// Forgets what the site has spooled for the round under other delta ids than this one's: what a site
     /// can occupy stays bounded however often it computes its delta anew.
     pub fn discard_other_deltas(&self, key: &ContributionKey) -> Result<(), SpoolError> {
-        let same_site = |other: &ContributionKey| {
-            (&other.run, other.round, &other.site) == (&key.run, key.round, &key.site)
-        };
+        let mine = self.path(key);
         for name in names(&self.site(key))? {
-            if name != key.delta.to_string() {
-                self.discard(&self.site(key).join(&name), |other| {
-                    same_site(other) && other.delta.to_string() == name
-                })?;
+            let path = self.site(key).join(name);
+            if path != mine {
+                self.discard(&path, |other| self.path(other) == path)?;
             }
         }
         Ok(())
@@ -268,11 +329,6 @@ impl Spool {
             .try_for_each(|spooled| self.discard_round(run, spooled))
     }
 
-    /// Forgets all of a run's deltas.
-    pub fn discard_run(&self, run: &RunName) -> Result<(), SpoolError> {
-        self.discard(&self.run(run), |key| key.run == *run)
-    }
-
     fn run(&self, run: &RunName) -> PathBuf {
         self.root.join(run.as_str())
     }
@@ -285,102 +341,59 @@ impl Spool {
         self.round(&key.run, key.round).join(key.site.as_str())
     }
 
-    fn delta(&self, key: &ContributionKey) -> PathBuf {
-        self.site(key).join(key.delta.to_string())
+    fn path(&self, key: &ContributionKey) -> PathBuf {
+        self.site(key).join(format!("{}{DELTA_SUFFIX}", key.delta))
     }
 
-    fn chunk(&self, key: &ContributionKey, index: u32) -> PathBuf {
-        self.delta(key).join(format!("{index:08}{CHUNK_SUFFIX}"))
-    }
-
-    fn writer(&self, path: &Path) -> MutexGuard<'_, ()> {
-        let mut hasher = DefaultHasher::new();
-        path.hash(&mut hasher);
-        #[allow(clippy::cast_possible_truncation)] // less than WRITERS_MAX
-        let writer = (hasher.finish() % WRITERS_MAX as u64) as usize;
-        self.writers[writer].lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Creates a delta's directory and makes the entries that lead to it durable, once per process: one
-    /// that was killed may not have come to that. The lock is held meanwhile, since no other chunk of the
-    /// delta may be acknowledged before.
-    fn prepare_directory(&self, key: &ContributionKey) -> io::Result<()> {
-        let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        if !prepared.contains(key) {
-            let directory = self.delta(key);
-            fs::create_dir_all(&directory)?;
-            for ancestor in directory.ancestors().skip(1).take(DIRECTORY_LEVELS) {
-                // The parent of a bare name is written as nothing.
-                let here = ancestor.as_os_str().is_empty();
-                atomic_file::sync_directory(if here { Path::new(".") } else { ancestor })?;
-            }
-            prepared.insert(key.clone());
+    /// Those that use the deltas go on with files that have no name any more.
+    fn discard(&self, path: &Path, which: impl Fn(&ContributionKey) -> bool) -> Result<(), SpoolError> {
+        lock(&self.open).retain(|key, _| !which(key));
+        if path.is_file() {
+            fs::remove_file(path)?;
+            return Ok(());
         }
-        Ok(())
+        Ok(atomic_file::remove_directory(path)?)
     }
 
-    fn discard(&self, directory: &Path, which: impl Fn(&ContributionKey) -> bool) -> Result<(), SpoolError> {
-        // Locked, so that no directory is prepared while it is removed.
-        let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        prepared.retain(|key| !which(key));
-        Ok(atomic_file::remove_directory(directory)?)
+    fn full(&self, key: &ContributionKey, bound: Bound) -> SpoolError {
+        SpoolError::Full { key: Box::new(key.clone()), bound }
     }
 
-    /// Whether the chunk is there, undamaged, with this digest. One that cannot be read is not: it is then
-    /// written again.
-    fn holds(&self, key: &ContributionKey, index: u32, digest: Digest) -> bool {
-        self.read(key, index, &mut Vec::new()).is_ok_and(|held| held == digest)
+    fn disk(&self) -> io::Result<Bound> {
+        let available_bytes = available_bytes(&self.root)?;
+        Ok(Bound::Disk { available_bytes, reserve_bytes: self.limits.disk_reserve_bytes })
     }
+}
 
-    fn open(&self, key: &ContributionKey, index: u32) -> Result<(File, Digest), SpoolError> {
-        let mut file = match File::open(self.chunk(key, index)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(SpoolError::Missing { key: Box::new(key.clone()), index });
-            }
-            file => file.map_err(|error| self.unreadable(key, index, &error))?,
-        };
-        let mut header = [0; HEADER_BYTES];
-        match file.read_exact(&mut header) {
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                let reason = format!("it is shorter than its header of {HEADER_BYTES} bytes");
-                return Err(SpoolError::Corrupt { key: Box::new(key.clone()), index, reason });
-            }
-            read => read.map_err(|error| self.unreadable(key, index, &error))?,
-        }
-        Ok((file, blake3::Hash::from_bytes(header).into()))
-    }
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
-    /// A medium that fails is damage to one chunk, which can be left out, and not of the whole spool.
-    fn unreadable(&self, key: &ContributionKey, index: u32, error: &io::Error) -> SpoolError {
-        let reason = format!("{} cannot be read: {error}", self.chunk(key, index).display());
-        SpoolError::Corrupt { key: Box::new(key.clone()), index, reason }
-    }
-
-    fn check_space(&self, key: &ContributionKey, index: u32, payload_bytes: u64) -> Result<(), SpoolError> {
-        let needed = payload_bytes.saturating_add(HEADER_BYTES as u64).saturating_add(self.reserve_bytes);
-        if self.available_bytes()? < needed { Err(self.full(key, index)?) } else { Ok(()) }
-    }
-
-    fn full(&self, key: &ContributionKey, index: u32) -> Result<SpoolError, SpoolError> {
-        let available_bytes = self.available_bytes()?;
-        Ok(SpoolError::Full {
-            key: Box::new(key.clone()),
-            index,
-            available_bytes,
-            reserve_bytes: self.reserve_bytes,
-        })
-    }
-
-    /// What an unprivileged process may still write. Before the first chunk there is no root; the
-    /// filesystem is then that of the directory where it will be.
-    fn available_bytes(&self) -> io::Result<u64> {
-        let existing = self.root.ancestors().find(|ancestor| ancestor.exists());
-        fs4::available_space(existing.unwrap_or(Path::new(".")))
-    }
+/// What an unprivileged process may still write. Before the first delta there is no root; the filesystem
+/// is then that of the directory where it will be.
+fn available_bytes(root: &Path) -> io::Result<u64> {
+    let existing = root.ancestors().find(|ancestor| ancestor.exists());
+    fs4::available_space(existing.unwrap_or(Path::new(".")))
 }
 
 fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// What the files under a directory take on disk.
+fn allocated_bytes(directory: &Path) -> io::Result<u64> {
+    let mut bytes = 0;
+    for name in names(directory)? {
+        let path = directory.join(name);
+        bytes += match fs::metadata(&path) {
+            Ok(metadata) if metadata.is_dir() => allocated_bytes(&path)?,
+            Ok(metadata) => metadata.blocks() * BLOCK_BYTES,
+            // Discarded meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+            Err(error) => return Err(error),
+        };
+    }
+    Ok(bytes)
 }
 
 /// The names in a directory that are text, as all of the spool's are; none if it does not exist.

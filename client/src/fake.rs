@@ -99,6 +99,8 @@ impl Fake {
         use download_model_response::Part;
         let plan = self.plan();
         let header = ModelHeader {
+            encoding: "fp32".to_owned(),
+            base_version: None,
             parameters: plan.parameters(),
             chunk_parameters: plan.chunk_parameters(),
             chunks: plan.chunks(),
@@ -139,7 +141,10 @@ impl Fake {
             }
             Sent::Begin(_) => {
                 state.uploads.push(Vec::new());
-                Ok(Part::Resume(UploadResume { held: state.held.keys().copied().collect() }))
+                Ok(Part::Resume(UploadResume {
+                    held: state.held.keys().copied().collect(),
+                    window_bytes: 1 << 20,
+                }))
             }
             Sent::Chunk(chunk) => {
                 let received = state.uploads.last_mut().unwrap();
@@ -151,7 +156,10 @@ impl Fake {
                 received.push(chunk.index);
                 assert_eq!(Digest::of(&chunk.payload).to_vec(), chunk.digest);
                 state.held.insert(chunk.index, chunk.payload.to_vec());
-                Ok(Part::Acknowledged(ChunkAcknowledged { index: chunk.index }))
+                Ok(Part::Acknowledged(ChunksAcknowledged {
+                    indices: vec![chunk.index],
+                    window_bytes: 1 << 20,
+                }))
             }
             Sent::Finish(finish) => {
                 state.accepted = Some(finish);

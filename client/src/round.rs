@@ -291,7 +291,7 @@ fn keep(material: &Material, task: &TrainTask, base: &Path, trained: Trained) ->
     }
     let digest = Delta::write_values(directory, task.round, &values)?;
     checkpoint::save(&directory.site_state(task.round), &trained.progress, &[], &trained.moments)?;
-    let encoding = material.spec.wire.delta_encoding;
+    let encoding = task.delta_encoding;
     let description = DeltaDescription {
         round: task.round,
         spec_digest: task.run.spec_digest,

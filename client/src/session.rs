@@ -4,6 +4,7 @@
 
 use std::{future::Future, time::Duration};
 
+use consort_common::codec::Encoding;
 use consort_common::{
     tls::ConnectError,
     units::{UnixMs, duration_ms, unix_ms_now},
@@ -142,6 +143,7 @@ where
         software_version: env!("CARGO_PKG_VERSION").to_owned(),
         instance_id: member.instance_id.to_vec(),
         device: member.device.clone(),
+        encodings: Encoding::ALL.map(|encoding| encoding.name().to_owned()).to_vec(),
     };
     let joined = client.join(request(join)).await.map_err(SessionError::Join)?.into_inner();
     greet(&joined);

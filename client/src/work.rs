@@ -1,6 +1,7 @@
 //! What an aggregator can ask of a site, parsed; and why it could not be done.
 
 use consort_common::{
+    codec::Encoding,
     ids::{Digest, DigestError, NameError, RunName},
     spec::SpecError,
 };
@@ -54,6 +55,8 @@ pub struct TrainTask {
     pub tokens: u64,
     /// Whether to report the base model's held-out loss first.
     pub evaluate_base: bool,
+    /// How the delta is to travel.
+    pub delta_encoding: Encoding,
 }
 
 /// One global model to be measured.
@@ -86,6 +89,11 @@ pub enum InstructionError {
         /// Its steps.
         steps: u32,
     },
+    /// An encoding that is not among those that the client named when it joined.
+    #[error(
+        "the aggregator asks for the delta encoding {0:?}, which this version does not speak: update consort-client"
+    )]
+    Encoding(String),
     /// A task of a kind that did not exist when this program was built.
     #[error("the aggregator asks for something that this version does not know: update consort-client")]
     Unknown,
@@ -115,6 +123,8 @@ impl Work {
                 steps: task.steps,
                 tokens: task.tokens,
                 evaluate_base: task.evaluate_base,
+                delta_encoding: Encoding::parse(&task.delta_encoding)
+                    .ok_or(InstructionError::Encoding(task.delta_encoding))?,
             }),
             Task::Evaluate(task) => Self::Evaluate(EvaluateTask {
                 run: run(task.run, &task.spec_digest)?,
@@ -262,6 +272,7 @@ mod tests {
             tokens: 100,
             deadline_unix_ms: 5,
             evaluate_base: true,
+            delta_encoding: "fp32".to_owned(),
         }
     }
 
@@ -292,6 +303,7 @@ mod tests {
             Train { steps: 0, ..train() },
             Train { base_digest: vec![1], ..train() },
             Train { run: "../r".to_owned(), ..train() },
+            Train { delta_encoding: "fp31".to_owned(), ..train() },
         ] {
             assert!(Work::parse(instruction(Task::Train(task))).is_err());
         }

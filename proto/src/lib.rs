@@ -1,4 +1,4 @@
-//! Consort's wire protocol, version 1: the code generated from `proto/consort/v1/*.proto`.
+//! Consort's wire protocol: the code generated from `proto/consort/v1/*.proto`.
 //!
 //! This crate holds nothing else and depends on nothing else in the workspace. The documentation of
 //! every message and field is in the .proto files, which are the protocol's specification.
@@ -13,7 +13,7 @@ pub mod v1 {
 }
 
 /// The protocol version that this build speaks; both sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// No message of the protocol is larger than this many bytes, in either direction.
 pub const MESSAGE_BYTES_MAX: usize = 8 * 1024 * 1024;

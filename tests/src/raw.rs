@@ -154,6 +154,7 @@ impl RawSite {
             software_version: "raw".to_owned(),
             instance_id: self.instance.to_vec(),
             device: "none".to_owned(),
+            encodings: Vec::new(),
         };
         self.session = soon("a session", self.client.join(request)).await?.into_inner().session_id;
         Ok(())
@@ -217,7 +218,8 @@ impl RawSite {
             })
             .await;
         let (spec, ..) = self.describe(&train.run).await.expect("the run is described");
-        Assignment { plan: spec.chunk_plan(), encoding: spec.wire.delta_encoding, train }
+        let encoding = Encoding::parse(&train.delta_encoding).expect("the encoding is one");
+        Assignment { plan: spec.chunk_plan(), encoding, train }
     }
 
     /// A version of the global model and its digest, all chunks verified.
@@ -245,6 +247,8 @@ impl RawSite {
             run: self.run.clone(),
             version,
             first_chunk: 0,
+            stride: 1,
+            held_version: None,
         }
     }
 
@@ -346,6 +350,8 @@ impl Delta {
             chunks: plan.chunks(),
             total_bytes: chunks.iter().map(|chunk| chunk.payload.len() as u64).sum(),
             delta_id: DeltaId::random().to_vec(),
+            part: 0,
+            parts: 1,
         };
         let finish = DeltaFinish {
             steps: train.steps,
@@ -412,7 +418,7 @@ impl Upload {
     pub async fn send_chunk(&mut self, chunk: &DeltaChunk) -> Result<(), Status> {
         self.send(upload_delta_request::Part::Chunk(chunk.clone())).await;
         match self.answer().await? {
-            upload_delta_response::Part::Acknowledged(answer) => assert_eq!(answer.index, chunk.index),
+            upload_delta_response::Part::Acknowledged(answer) => assert_eq!(answer.indices, [chunk.index]),
             other => panic!("expected an acknowledgement: {other:?}"),
         }
         Ok(())

@@ -165,8 +165,8 @@ impl From<DriverError> for Status {
             DriverError::Spec(_)
             | DriverError::Tokenizer(_)
             | DriverError::DamagedChunk { .. }
-            | DriverError::Undecodable { .. }
-            | DriverError::Spool(SpoolError::WrongDigest { .. }) => Self::invalid_argument(message),
+            | DriverError::Undecodable { .. } => Self::invalid_argument(message),
+            DriverError::Spool(SpoolError::Sealed { .. }) => Self::failed_precondition(message),
             DriverError::Spool(SpoolError::Full { .. }) => {
                 tracing::error!("{message}");
                 Self::resource_exhausted(message)

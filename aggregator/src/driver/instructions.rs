@@ -4,18 +4,18 @@ use consort_common::ids::SiteName;
 use consort_proto::v1::{self, instruction::Task};
 
 use super::LiveRun;
-use crate::engine::Instruction;
+use crate::{engine::Instruction, sessions::Daemon};
 
-/// What `site` shall be doing, given the run that sites are to work for.
-pub(super) fn for_site(current: Option<&LiveRun>, site: &SiteName) -> v1::Instruction {
+/// What `site`, where `daemon` runs, shall be doing, given the run that sites are to work for.
+pub(super) fn for_site(current: Option<&LiveRun>, site: &SiteName, daemon: &Daemon) -> v1::Instruction {
     let task = match current {
         None => Task::Idle(v1::Idle { reason: "no run is active".to_owned() }),
-        Some(live) => task(live, site),
+        Some(live) => task(live, site, daemon),
     };
     v1::Instruction { task: Some(task) }
 }
 
-fn task(live: &LiveRun, site: &SiteName) -> Task {
+fn task(live: &LiveRun, site: &SiteName, daemon: &Daemon) -> Task {
     let material = &live.material;
     let run = material.name.to_string();
     let spec_digest = material.spec_digest.to_vec();
@@ -35,6 +35,7 @@ fn task(live: &LiveRun, site: &SiteName) -> Task {
                 tokens,
                 deadline_unix_ms: deadline_ms.unwrap_or_default(),
                 evaluate_base,
+                delta_encoding: daemon.delta_encoding(material.spec.wire.delta_encoding).name().to_owned(),
             })
         }
         Instruction::Evaluate { version } => Task::Evaluate(v1::Evaluate {

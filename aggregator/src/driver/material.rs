@@ -30,8 +30,6 @@ pub struct RunMaterial {
     pub tokenizer_digest: Digest,
     /// How the model is cut.
     pub plan: ChunkPlan,
-    /// Bytes that an encoded delta takes.
-    pub delta_bytes: u64,
     /// What the round engine needs of the specification.
     pub rounds: Plan,
 }
@@ -44,17 +42,12 @@ impl RunMaterial {
     pub fn new(spec_toml: String, tokenizer_digest: Digest) -> Result<Self, SpecError> {
         let spec = RunSpec::parse(&spec_toml)?;
         let plan = spec.chunk_plan();
-        let codec = spec.wire.delta_encoding.codec();
-        let delta_bytes = (0..plan.chunks())
-            .map(|index| plan.length(index).map_or(0, |length| codec.encoded_bytes(length) as u64))
-            .sum();
         Ok(Self {
             name: spec.name.clone(),
             spec_digest: RunSpec::digest(&spec_toml),
             manifest_digest: spec.model.manifest().digest(),
             tokenizer_digest,
             plan,
-            delta_bytes,
             rounds: Plan::new(&spec),
             spec,
             spec_toml,

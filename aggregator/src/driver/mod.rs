@@ -123,7 +123,7 @@ impl Driver {
         let driver = Arc::new(Self {
             core: Mutex::default(),
             store,
-            spool: Arc::new(Spool::new(directory.join("spool"), config.limits.disk_reserve_bytes)),
+            spool: Arc::new(Spool::new(directory.join("spool"), config.limits.spool())),
             models: ModelFiles::new(directory.join("models")),
             limits: config.limits.clone(),
             federation: federation.to_owned(),
@@ -269,6 +269,7 @@ impl Driver {
                 train_seconds: contribution.facts.train_seconds,
                 delta_norm: contribution.facts.delta_norm,
                 bytes: contribution.facts.bytes,
+                encoding: contribution.facts.encoding,
                 delta_digest: contribution.facts.delta_digest,
                 accepted_ms: contribution.accepted_ms,
             }),
@@ -339,7 +340,7 @@ impl Driver {
     fn push_instructions(&self, core: &Core) {
         let current = core.current();
         for (site, session) in core.sessions.iter() {
-            let instruction = instructions::for_site(current, site);
+            let instruction = instructions::for_site(current, site, &session.daemon);
             session.instruction.send_if_modified(|sent| {
                 let changed = *sent != instruction;
                 *sent = instruction;

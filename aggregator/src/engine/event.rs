@@ -1,6 +1,9 @@
 //! What can happen to a run, and why an event may be refused.
 
-use consort_common::ids::{DeltaId, Digest, SiteName};
+use consort_common::{
+    codec::Encoding,
+    ids::{DeltaId, Digest, SiteName},
+};
 use serde::{Deserialize, Serialize};
 
 use super::state::RunStatus;
@@ -84,6 +87,8 @@ pub struct ContributionFacts {
     pub delta_digest: Digest,
     /// Under which id the delta is spooled.
     pub delta: DeltaId,
+    /// How it is encoded.
+    pub encoding: Encoding,
 }
 
 /// What a reduction gave.

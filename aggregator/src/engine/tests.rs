@@ -1,6 +1,7 @@
 //! Each rule of the engine as a sentence. [`World`] is one run with a clock that tests move by hand.
 
 use consort_common::{
+    codec::Encoding,
     ids::{Digest, SiteName},
     spec::{RunSpec, Weighting},
 };
@@ -35,6 +36,7 @@ pub(super) fn facts(name: &SiteName, round: u32) -> ContributionFacts {
         bytes: 1000,
         delta_digest: Digest::of(format!("{name} {round}").as_bytes()),
         delta: [1; 16].into(),
+        encoding: Encoding::Fp32,
     }
 }
 

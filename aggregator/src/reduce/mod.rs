@@ -13,6 +13,8 @@
 mod kernel;
 mod outer;
 
+use std::sync::Arc;
+
 use consort_common::{
     codec::{DecodeError, Encoding},
     ids::{Digest, SiteName},
@@ -23,7 +25,7 @@ use rayon::prelude::*;
 pub use self::outer::has_momentum;
 use crate::{
     models::{ChunkDigests, ModelError, ModelFiles, ModelVersion, NewVersion},
-    spool::{ContributionKey, Spool, SpoolError},
+    spool::{ContributionKey, DeltaLayout, Spool, SpoolError, SpooledDelta},
 };
 
 /// Why a round could not be reduced. Nothing was written; the spool and the base version are as they were.
@@ -131,6 +133,12 @@ pub struct ReduceInputs<'a> {
     pub models: &'a ModelFiles,
 }
 
+impl ReduceInputs<'_> {
+    fn spooled(&self, key: &ContributionKey) -> Result<Arc<SpooledDelta>, SpoolError> {
+        self.spool.stored(key, DeltaLayout::new(self.base.plan(), self.encoding))
+    }
+}
+
 /// A version that was made and is durable.
 #[derive(Debug)]
 pub struct Reduction {
@@ -152,10 +160,7 @@ pub fn reduce(mut inputs: ReduceInputs<'_>) -> Result<Reduction, ReduceError> {
     let round = inputs.base.version() + 1;
     check(&inputs, round)?;
     let plan = inputs.base.plan();
-    inputs
-        .contributions
-        .par_iter()
-        .try_for_each(|contribution| check_delta(&inputs, contribution, plan.chunks()))?;
+    inputs.contributions.par_iter().try_for_each(|contribution| check_delta(&inputs, contribution))?;
 
     let momentum = has_momentum(inputs.optimizer);
     let new = inputs.models.begin(inputs.base.run(), round, plan, momentum)?;
@@ -201,13 +206,13 @@ fn check(inputs: &ReduceInputs<'_>, round: u32) -> Result<(), ReduceError> {
 
 /// Compares what is spooled with what was accepted, by the chunks' digests; payloads follow as they are
 /// read.
-fn check_delta(
-    inputs: &ReduceInputs<'_>,
-    contribution: &WeightedContribution,
-    chunks: u32,
-) -> Result<(), ReduceError> {
+fn check_delta(inputs: &ReduceInputs<'_>, contribution: &WeightedContribution) -> Result<(), ReduceError> {
     let WeightedContribution { key, delta_digest: accepted, .. } = contribution;
-    let found = inputs.spool.summary(key, chunks).map_err(|error| damaged(key, error.chunk(), error))?.digest;
+    let found = inputs
+        .spooled(key)
+        .and_then(|delta| delta.summary())
+        .map_err(|error| damaged(key, error.chunk(), error))?
+        .digest;
     if found == *accepted {
         Ok(())
     } else {
@@ -285,7 +290,8 @@ impl Work<'_> {
         let codec = self.inputs.encoding.codec();
         for WeightedContribution { key, weight, .. } in &self.inputs.contributions {
             let Scratch { bytes, decoded, sums, .. } = scratch;
-            self.inputs.spool.read(key, index, bytes).map_err(|error| damaged(key, index, error))?;
+            let delta = self.inputs.spooled(key).map_err(|error| damaged(key, index, error))?;
+            delta.read(index, bytes).map_err(|error| damaged(key, index, error))?;
             codec.decode(bytes, decoded).map_err(|error| damaged(key, index, error))?;
             kernel::accumulate(sums, weight / self.total_weight, decoded);
         }

@@ -3,6 +3,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::*;
+use crate::spool::SpoolLimits;
 
 const NESTEROV: OuterOptimizer = OuterOptimizer::Nesterov { learning_rate: 0.7, momentum: 0.9 };
 
@@ -30,7 +31,7 @@ fn bytes(values: &[f32]) -> Vec<u8> {
 impl Fixture {
     fn new(initial: &[f32], chunk: u32, encoding: Encoding, optimizer: OuterOptimizer) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let spool = Spool::new(folder.path().join("spool"), 0);
+        let spool = Spool::new(folder.path().join("spool"), SpoolLimits::default());
         let models = ModelFiles::new(folder.path().join("models"));
         let plan = ChunkPlan::new(initial.len() as u64, chunk);
         models.create_initial(&run(), plan, initial, has_momentum(&optimizer)).unwrap();
@@ -42,10 +43,20 @@ impl Fixture {
         for index in 0..self.plan.chunks() {
             let range = self.plan.range(index).unwrap();
             let payload = self.encoding.encode(&delta[range.start as usize..range.end as usize]);
-            self.spool.put(&key, index, &payload, Digest::of(&payload)).unwrap();
+            self.put(&key, index, &payload);
         }
-        let delta_digest = self.spool.summary(&key, self.plan.chunks()).unwrap().digest;
+        let delta_digest = self.spooled(&key).summary().unwrap().digest;
         WeightedContribution { key, weight, delta_digest }
+    }
+
+    fn spooled(&self, key: &ContributionKey) -> Arc<SpooledDelta> {
+        self.spool.receive(key, DeltaLayout::new(self.plan, self.encoding)).unwrap()
+    }
+
+    fn put(&self, key: &ContributionKey, index: u32, payload: &[u8]) {
+        let delta = self.spooled(key);
+        delta.write(index, payload, Digest::of(payload)).unwrap();
+        delta.sync(|_| true).unwrap();
     }
 
     fn reduce(&self, base: u32, contributions: &[WeightedContribution]) -> Result<Reduction, ReduceError> {
@@ -67,11 +78,10 @@ impl Fixture {
         content.chunks(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
     }
 
-    /// Where a chunk of a contribution is spooled.
-    fn chunk_path(&self, contribution: &WeightedContribution, index: u32) -> std::path::PathBuf {
+    /// Where a contribution is spooled.
+    fn delta_path(&self, contribution: &WeightedContribution) -> std::path::PathBuf {
         let site = contribution.key.site.as_str();
-        let name =
-            format!("spool/pilot/{}/{site}/{}/{index:08}.chunk", contribution.key.round, "01".repeat(16));
+        let name = format!("spool/pilot/{}/{site}/{}.delta", contribution.key.round, "01".repeat(16));
         self.folder.path().join(name)
     }
 }
@@ -241,7 +251,7 @@ fn a_damaged_contribution_is_named_and_can_be_left_out() {
     use std::fs;
     check_damage(
         |fixture, north| {
-            let path = fixture.chunk_path(north, 2);
+            let path = fixture.delta_path(north);
             let mut content = fs::read(&path).unwrap();
             *content.last_mut().unwrap() ^= 1;
             fs::write(path, content).unwrap();
@@ -254,30 +264,30 @@ fn a_damaged_contribution_is_named_and_can_be_left_out() {
         },
     );
     check_damage(
-        |fixture, north| fs::remove_file(fixture.chunk_path(north, 1)).unwrap(),
+        |fixture, north| {
+            let other = ContributionKey { delta: [9; 16].into(), ..north.key.clone() };
+            fixture.spool.discard_other_deltas(&other).unwrap();
+        },
         |error| {
             matches!(
                 error,
-                ReduceError::Damaged { chunk: 1, source: ChunkFault::Spool(SpoolError::Missing { .. }), .. }
+                ReduceError::Damaged { chunk: 0, source: ChunkFault::Spool(SpoolError::Missing { .. }), .. }
             )
         },
     );
     check_damage(
         |fixture, north| {
-            let payload = bytes(&[9.0; 4]);
-            fixture.spool.put(&north.key, 0, &payload, Digest::of(&payload)).unwrap();
+            fixture.put(&north.key, 0, &bytes(&[9.0; 4]));
         },
         |error| matches!(error, ReduceError::OtherDelta { .. }),
     );
-    for payload in [bytes(&[0.0, f32::NAN, 0.0, 0.0]), bytes(&[0.0; 3])] {
-        check_damage(
-            move |fixture, north| {
-                fixture.spool.put(&north.key, 0, &payload, Digest::of(&payload)).unwrap();
-                north.delta_digest = fixture.spool.summary(&north.key, 3).unwrap().digest;
-            },
-            |error| matches!(error, ReduceError::Damaged { chunk: 0, source: ChunkFault::Decode(_), .. }),
-        );
-    }
+    check_damage(
+        |fixture, north| {
+            fixture.put(&north.key, 0, &bytes(&[0.0, f32::NAN, 0.0, 0.0]));
+            north.delta_digest = fixture.spooled(&north.key).summary().unwrap().digest;
+        },
+        |error| matches!(error, ReduceError::Damaged { chunk: 0, source: ChunkFault::Decode(_), .. }),
+    );
 }
 
 #[test]

@@ -4,6 +4,7 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use consort_common::codec::Encoding;
 use consort_proto::v1::{
     DownloadModelResponse, FilePart, ModelChunk, ModelHeader, download_model_response as response,
 };
@@ -77,6 +78,8 @@ async fn send_model(
         chunk_parameters: plan.chunk_parameters(),
         chunks: plan.chunks(),
         digest: reader.digest.to_vec(),
+        encoding: Encoding::Fp32.name().to_owned(),
+        base_version: None,
     };
     sender.send(part(response::Part::Header(header))).await?;
     for index in first_chunk..plan.chunks() {

@@ -2,7 +2,7 @@
 
 use std::{pin::Pin, sync::Arc};
 
-use consort_common::{identity::Role, ids::SiteName, units::unix_ms_now};
+use consort_common::{codec::Encoding, identity::Role, ids::SiteName, units::unix_ms_now};
 use consort_proto::{PROTOCOL_VERSION, v1, v1::federation_server::Federation};
 use futures::{Stream, StreamExt};
 use tokio::{
@@ -77,6 +77,8 @@ impl Federation for FederationService {
             instance,
             device: printable(&request.device),
             software_version: printable(&request.software_version),
+            // Names that this aggregator does not know are of no use to it.
+            encodings: request.encodings.iter().filter_map(|name| Encoding::parse(name)).collect(),
         };
         let (driver, name) = (self.driver.clone(), site.clone());
         let session_id = self.driver.to_its_end(async move { driver.join(&name, daemon).await }).await?;

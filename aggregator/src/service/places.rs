@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use consort_common::ids::SiteName;
+use consort_common::ids::{DeltaId, SiteName};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -25,70 +25,134 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The uploads under way: one per site. A site's next upload supersedes its last, whose connection is then
-/// most likely dead without anybody having noticed.
+/// Most calls that one upload, or one download, can be shared out to.
+pub(super) const PARTS_MAX: u32 = 16;
+/// Bytes that all sites together may have on their way unacknowledged, as far as they keep to what they are
+/// told: the bulk of the aggregator's memory.
+const WINDOWS_BYTES_MAX: u64 = 64 << 20;
+/// Bytes that one call may have on their way at most. Sketch: 1 Gbit/s over a round trip of 100 ms is
+/// 12.5 MB.
+const WINDOW_BYTES_MAX: u64 = 16 << 20;
+
+/// The chunks that one of several calls brings: those whose index modulo `parts` is `part`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Share {
+    part: u32,
+    parts: u32,
+}
+
+impl Share {
+    /// # Errors
+    /// INVALID_ARGUMENT if there is no such part. No parts are one.
+    pub fn new(part: u32, parts: u32) -> Result<Self, Status> {
+        let parts = parts.max(1);
+        if parts > PARTS_MAX || part >= parts {
+            return Err(Status::invalid_argument(format!(
+                "part: is {part} of {parts}; allowed: below parts, which is at most {PARTS_MAX}"
+            )));
+        }
+        Ok(Self { part, parts })
+    }
+
+    pub fn has(self, index: u32) -> bool {
+        index % self.parts == self.part
+    }
+
+    /// Whether this call finishes the upload.
+    pub fn finishes(self) -> bool {
+        self.part == 0
+    }
+}
+
+/// The uploads under way: one delta per site. A call that brings another delta, or the same part again,
+/// supersedes what there is, whose connection is then most likely dead without anybody having noticed.
 #[derive(Debug)]
 pub(super) struct Uploads {
     sites_max: usize,
-    current: Mutex<BTreeMap<SiteName, Current>>,
+    by_site: Mutex<BTreeMap<SiteName, SiteUpload>>,
 }
 
-#[derive(Debug, Clone)]
-struct Current {
-    superseded: CancellationToken,
+/// What one site uploads.
+#[derive(Debug)]
+struct SiteUpload {
+    delta: DeltaId,
+    parts: u32,
+    /// The calls, by part.
+    calls: BTreeMap<u32, CancellationToken>,
     turn: Arc<tokio::sync::Mutex<()>>,
 }
 
-/// One upload's place.
+/// One call's place.
 #[derive(Debug)]
 pub(super) struct UploadPlace {
     uploads: Arc<Uploads>,
     site: SiteName,
-    current: Current,
+    part: u32,
+    superseded: CancellationToken,
+    turn: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Uploads {
     /// Places for the uploads of so many sites at a time.
     pub fn new(sites_max: usize) -> Arc<Self> {
-        Arc::new(Self { sites_max, current: Mutex::default() })
+        Arc::new(Self { sites_max, by_site: Mutex::default() })
     }
 
-    /// A place for an upload of `site`; the one that the site has under way is superseded.
+    /// A place for a call of `site` that brings a share of `delta`.
     ///
     /// # Errors
     /// RESOURCE_EXHAUSTED if too many other sites upload.
-    pub fn enter(self: &Arc<Self>, site: &SiteName) -> Result<UploadPlace, Status> {
-        let mut all = lock(&self.current);
-        let last = all.get(site);
-        if last.is_none() && all.len() >= self.sites_max {
+    pub fn enter(
+        self: &Arc<Self>,
+        site: &SiteName,
+        delta: DeltaId,
+        share: Share,
+    ) -> Result<UploadPlace, Status> {
+        let mut by_site = lock(&self.by_site);
+        if !by_site.contains_key(site) && by_site.len() >= self.sites_max {
             return Err(no_room("uploads"));
         }
-        if let Some(last) = last {
-            last.superseded.cancel();
+        let upload = by_site.entry(site.clone()).or_insert_with(|| SiteUpload {
+            delta,
+            parts: share.parts,
+            calls: BTreeMap::new(),
+            turn: Arc::default(),
+        });
+        if (upload.delta, upload.parts) != (delta, share.parts) {
+            std::mem::take(&mut upload.calls).into_values().for_each(|call| call.cancel());
+            (upload.delta, upload.parts) = (delta, share.parts);
         }
-        let turn = last.map(|last| last.turn.clone()).unwrap_or_default();
-        let current = Current { superseded: CancellationToken::new(), turn };
-        all.insert(site.clone(), current.clone());
-        Ok(UploadPlace { uploads: self.clone(), site: site.clone(), current })
+        let superseded = CancellationToken::new();
+        if let Some(last) = upload.calls.insert(share.part, superseded.clone()) {
+            last.cancel();
+        }
+        let turn = upload.turn.clone();
+        Ok(UploadPlace { uploads: self.clone(), site: site.clone(), part: share.part, superseded, turn })
     }
 }
 
 impl UploadPlace {
-    /// Completes once the site's next upload has begun.
+    /// Completes once another call has taken this one's place.
     pub async fn superseded(&self) -> Status {
-        self.current.superseded.cancelled().await;
+        self.superseded.cancelled().await;
         self.refusal()
     }
 
-    /// Does `work`, which touches what is spooled of the site or whether it counts, while no other upload
-    /// of the site does, and not at all if this one is superseded. Chunks of two uploads are thus never
-    /// mixed, and what is being accepted is not overwritten.
+    /// Bytes of chunks that this call may have on their way unacknowledged now.
+    pub fn window_bytes(&self) -> u64 {
+        let by_site = lock(&self.uploads.by_site);
+        let calls: usize = by_site.values().map(|upload| upload.calls.len()).sum();
+        (WINDOWS_BYTES_MAX / calls.max(1) as u64).min(WINDOW_BYTES_MAX)
+    }
+
+    /// Does `work`, which begins an upload of the site or ends one, while no other call of the site does,
+    /// and not at all if this one is superseded: what is being accepted is not discarded.
     ///
     /// # Errors
     /// CANCELLED if superseded, or those of `work`.
     pub async fn exclusively<T>(&self, work: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
-        let _turn = self.current.turn.lock().await;
-        if self.current.superseded.is_cancelled() {
+        let _turn = self.turn.lock().await;
+        if self.superseded.is_cancelled() {
             return Err(self.refusal());
         }
         work.await
@@ -101,10 +165,16 @@ impl UploadPlace {
 
 impl Drop for UploadPlace {
     fn drop(&mut self) {
-        let mut all = lock(&self.uploads.current);
+        let mut by_site = lock(&self.uploads.by_site);
         // A place that was superseded belongs to the next one.
-        if !self.current.superseded.is_cancelled() {
-            all.remove(&self.site);
+        if self.superseded.is_cancelled() {
+            return;
+        }
+        if let Some(upload) = by_site.get_mut(&self.site) {
+            upload.calls.remove(&self.part);
+            if upload.calls.is_empty() {
+                by_site.remove(&self.site);
+            }
         }
     }
 }
@@ -166,29 +236,79 @@ mod tests {
         }
     }
 
+    const WHOLE: Share = Share { part: 0, parts: 1 };
+
+    fn enter(uploads: &Arc<Uploads>, name: &str, delta: u8, share: Share) -> Result<UploadPlace, Status> {
+        uploads.enter(&site(name), [delta; 16].into(), share)
+    }
+
     #[tokio::test]
     async fn a_sites_next_upload_supersedes_its_last_and_no_other_sites() {
         let uploads = Uploads::new(2);
-        let (first, other) = (uploads.enter(&site("a")).unwrap(), uploads.enter(&site("b")).unwrap());
-        let second = uploads.enter(&site("a")).unwrap();
+        let first = enter(&uploads, "a", 1, WHOLE).unwrap();
+        let other = enter(&uploads, "b", 1, WHOLE).unwrap();
+        let second = enter(&uploads, "a", 1, WHOLE).unwrap();
         assert!(!is_current(&first).await && is_current(&second).await && is_current(&other).await);
         assert_eq!(first.superseded().await.code(), Code::Cancelled);
         // Its place is the second's: leaving frees none.
         drop(first);
-        assert_eq!(uploads.enter(&site("c")).unwrap_err().code(), Code::ResourceExhausted);
+        assert_eq!(enter(&uploads, "c", 1, WHOLE).unwrap_err().code(), Code::ResourceExhausted);
         drop(second);
-        let third = uploads.enter(&site("c")).unwrap();
+        let third = enter(&uploads, "c", 1, WHOLE).unwrap();
         assert!(is_current(&third).await);
+    }
+
+    #[tokio::test]
+    async fn parts_of_one_delta_go_side_by_side_and_another_delta_supersedes_them_all() {
+        let uploads = Uploads::new(1);
+        let part = |part| Share::new(part, 3).unwrap();
+        let [first, second] = [0, 1].map(|index| enter(&uploads, "a", 1, part(index)).unwrap());
+        assert!(is_current(&first).await && is_current(&second).await);
+        let again = enter(&uploads, "a", 1, part(1)).unwrap();
+        assert!(is_current(&first).await && !is_current(&second).await && is_current(&again).await);
+        let other = enter(&uploads, "a", 2, WHOLE).unwrap();
+        assert!(!is_current(&first).await && !is_current(&again).await && is_current(&other).await);
+        drop((first, second, again));
+        assert!(is_current(&other).await);
+        drop(other);
+        enter(&uploads, "b", 1, WHOLE).unwrap();
+    }
+
+    #[test]
+    fn parts_share_out_all_chunks() {
+        for parts in 1..=PARTS_MAX {
+            let shares: Vec<_> = (0..parts).map(|part| Share::new(part, parts).unwrap()).collect();
+            for index in 0..100 {
+                assert_eq!(shares.iter().filter(|share| share.has(index)).count(), 1);
+            }
+        }
+        assert_eq!(Share::new(0, 0).unwrap(), WHOLE);
+        for (part, parts) in [(1, 1), (3, 2), (0, PARTS_MAX + 1), (u32::MAX, u32::MAX)] {
+            assert_eq!(Share::new(part, parts).unwrap_err().code(), Code::InvalidArgument);
+        }
+    }
+
+    #[test]
+    fn windows_shrink_as_sites_come() {
+        let uploads = Uploads::new(100);
+        let mut places = Vec::new();
+        for index in 0..64 {
+            places.push(enter(&uploads, &format!("site-{index}"), 1, WHOLE).unwrap());
+            let total = places[0].window_bytes() * places.len() as u64;
+            assert!(total <= WINDOWS_BYTES_MAX && places[0].window_bytes() <= WINDOW_BYTES_MAX);
+        }
+        places.truncate(1);
+        assert_eq!(places[0].window_bytes(), WINDOW_BYTES_MAX);
     }
 
     #[tokio::test]
     async fn the_next_upload_waits_for_work_that_its_predecessor_has_begun() {
         let uploads = Uploads::new(1);
-        let first = uploads.enter(&site("a")).unwrap();
+        let first = enter(&uploads, "a", 1, WHOLE).unwrap();
         let (finish, finished) = tokio::sync::oneshot::channel::<()>();
         let mut work = Box::pin(first.exclusively(async { Ok(finished.await.is_ok()) }));
         assert!(futures::poll!(&mut work).is_pending());
-        let second = uploads.enter(&site("a")).unwrap();
+        let second = enter(&uploads, "a", 2, WHOLE).unwrap();
         let mut next = Box::pin(second.exclusively(async { Ok(()) }));
         assert!(futures::poll!(&mut next).is_pending());
         finish.send(()).unwrap();

@@ -1,6 +1,7 @@
 //! Accepted deltas.
 
 use consort_common::{
+    codec::Encoding,
     ids::{Digest, RunName, SiteName},
     units::UnixMs,
 };
@@ -34,6 +35,8 @@ pub struct ContributionRow {
     pub delta_norm: f64,
     /// Encoded payload, in bytes.
     pub bytes: u64,
+    /// How it was encoded.
+    pub encoding: Encoding,
     /// Digest over its chunk digests.
     pub delta_digest: Digest,
     /// When it was accepted.
@@ -78,10 +81,10 @@ pub(super) async fn insert_contribution(
 ) -> Result<(), StoreError> {
     sqlx::query(
         "INSERT INTO contributions (run, round, site, weight, tokens, steps, train_loss, train_seconds, delta_norm, \
-         bytes, delta_digest, accepted_ms) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) \
+         bytes, encoding, delta_digest, accepted_ms) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) \
          ON CONFLICT (run, round, site) DO UPDATE SET weight = excluded.weight, tokens = excluded.tokens, \
          steps = excluded.steps, train_loss = excluded.train_loss, train_seconds = excluded.train_seconds, \
-         delta_norm = excluded.delta_norm, bytes = excluded.bytes, delta_digest = excluded.delta_digest, \
+         delta_norm = excluded.delta_norm, bytes = excluded.bytes, encoding = excluded.encoding, delta_digest = excluded.delta_digest, \
          accepted_ms = excluded.accepted_ms",
     )
     .bind(run.as_str())
@@ -94,6 +97,7 @@ pub(super) async fn insert_contribution(
     .bind(finite("contributions.train_seconds", row.train_seconds)?)
     .bind(finite("contributions.delta_norm", row.delta_norm)?)
     .bind(count("contributions.bytes", row.bytes)?)
+    .bind(row.encoding.name())
     .bind(row.delta_digest.to_string())
     .bind(count("contributions.accepted_ms", row.accepted_ms)?)
     .execute(connection)
@@ -139,6 +143,7 @@ fn contribution_row(row: &SqliteRow) -> Result<ContributionRow, StoreError> {
         train_seconds: row.float("train_seconds")?,
         delta_norm: row.float("delta_norm")?,
         bytes: row.count("bytes")?,
+        encoding: row.known("encoding", Encoding::parse)?,
         delta_digest: row.parsed("delta_digest")?,
         accepted_ms: row.count("accepted_ms")?,
     })

@@ -49,6 +49,7 @@ async fn fixture() -> Fixture {
 
 fn contribution(round: u32, from: &str) -> ContributionRow {
     ContributionRow {
+        encoding: consort_common::codec::Encoding::Bf16,
         site: site(from),
         run: pilot(),
         round,

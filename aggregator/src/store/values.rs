@@ -30,6 +30,16 @@ impl Columns<'_> {
         text.parse().map_err(|_| unreadable(column, &text))
     }
 
+    /// A text that `read` knows.
+    pub(super) fn known<T>(
+        &self,
+        column: &'static str,
+        read: impl FnOnce(&str) -> Option<T>,
+    ) -> Result<T, StoreError> {
+        let text = self.text(column)?;
+        read(&text).ok_or_else(|| unreadable(column, &text))
+    }
+
     pub(super) fn text(&self, column: &'static str) -> Result<String, StoreError> {
         self.0.try_get(column).map_err(StoreError::of("read a row"))
     }

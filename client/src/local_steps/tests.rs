@@ -81,6 +81,7 @@ impl Site {
                 steps,
                 tokens: self.material.spec.tokens(steps),
                 evaluate_base: false,
+                delta_encoding: consort_common::codec::Encoding::Fp32,
             },
             base: self.base.clone(),
             checkpoint_interval: Duration::from_secs(3600),

@@ -8,6 +8,7 @@ use std::{
 use consort_common::{
     atomic_file::sync_directory,
     chunk::ChunkPlan,
+    codec::Encoding,
     ids::{Digest, RunName},
 };
 use consort_proto::v1::{
@@ -130,6 +131,8 @@ async fn fetch(
         run: model.run.to_string(),
         version: model.version,
         first_chunk: next,
+        stride: 1,
+        held_version: None,
     };
     let mut stream = answer(session.client.download_model(request)).await?.into_inner();
     check_header(&header(&mut stream).await?, model)?;
@@ -186,6 +189,8 @@ async fn chunk(stream: &mut Streaming<DownloadModelResponse>, index: u32) -> Res
 fn check_header(header: &ModelHeader, model: &Model<'_>) -> Result<(), TransferError> {
     let plan = model.plan;
     let expected = ModelHeader {
+        encoding: Encoding::Fp32.name().to_owned(),
+        base_version: None,
         parameters: plan.parameters(),
         chunk_parameters: plan.chunk_parameters(),
         chunks: plan.chunks(),

@@ -205,9 +205,16 @@ async fn send(
             break;
         }
         match upload.answer().await? {
-            Part::Acknowledged(chunk) if unacknowledged.remove(&chunk.index) => acknowledged += 1,
+            Part::Acknowledged(chunks) => {
+                for index in chunks.indices {
+                    if !unacknowledged.remove(&index) {
+                        return Err(unexpected("acknowledged a chunk that was not sent"));
+                    }
+                    acknowledged += 1;
+                }
+            }
             Part::Accepted(accepted) => return Ok(outcome(accepted.duplicate)),
-            _ => return Err(unexpected("acknowledged a chunk that was not sent")),
+            Part::Resume(_) => return Err(unexpected("began to resume twice")),
         }
     }
     upload.finish(&delta.description).await
@@ -248,6 +255,8 @@ impl Upload {
             chunks: delta.plan.chunks(),
             total_bytes: description.encoded_bytes,
             delta_id: description.delta_id.to_vec(),
+            part: 0,
+            parts: 1,
         };
         let begin = UploadDeltaRequest { part: Some(upload_delta_request::Part::Begin(begin)) };
         // The channel is empty and its other end is here.

@@ -2,8 +2,11 @@
 
 mod bf16;
 mod fp32;
+mod model;
 
 use serde::{Deserialize, Serialize};
+
+pub use self::model::{ModelEncoding, UnknownModelEncoding};
 
 /// Encodes and decodes one chunk. Implementations keep no state and allocate nothing per chunk.
 pub trait DeltaCodec: Send + Sync {

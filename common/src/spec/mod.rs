@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 pub use self::validate::{Problem, SpecError};
 use crate::{
     chunk::ChunkPlan,
-    codec::Encoding,
+    codec::{Encoding, ModelEncoding},
     ids::{Digest, RunName},
     model::Architecture,
     schedule::Schedule,
@@ -268,15 +268,21 @@ impl Default for ParticipationSpec {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct WireSpec {
-    /// Encoding of deltas.
+    /// Encoding of deltas, for sites that speak it; others send fp32.
     pub delta_encoding: Encoding,
+    /// How the global model reaches the sites.
+    pub model_encoding: ModelEncoding,
     /// Parameters per chunk.
     pub chunk_parameters: u32,
 }
 
 impl Default for WireSpec {
     fn default() -> Self {
-        Self { delta_encoding: Encoding::Fp32, chunk_parameters: 1 << 18 }
+        Self {
+            delta_encoding: Encoding::Fp32,
+            model_encoding: ModelEncoding::default(),
+            chunk_parameters: 1 << 18,
+        }
     }
 }
 

@@ -65,6 +65,7 @@ fn every_mistake_is_listed_at_once() {
 
         [wire]
         delta_encoding = 16
+        model_encoding = "int8"
         chunk_parameters = 100
 
         [evaluation]
@@ -94,6 +95,7 @@ outer.weighting is "token"; allowed: "tokens", "uniform"
 participation.quorum is 4; allowed: 0 to participation.clients_per_round = 3
 participation.quorum is 4; allowed: 0 to participation.minimum_clients = 2, with which a round begins
 wire.delta_encoding is 16; allowed: "fp32", "bf16"
+wire.model_encoding is "int8"; allowed: "fp32", "bf16", or a delta encoding followed by "-update", as in "bf16-update"
 wire.chunk_parameters is 100; allowed: 1024 to 1048576
 evaluation.held_out_fraction is 0.9; allowed: above 0, up to 0.5
 checkpoint is not a known key; did you mean `checkpoints`?
