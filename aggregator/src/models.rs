@@ -1,36 +1,42 @@
 //! The versions of the global model on disk.
 //!
-//! `<root>/<run>/<version>/` holds `parameters.f32` (the flat vector, fp32 little-endian),
-//! `momentum.f32` (the outer optimizer's, where it has one) and `chunks.digests`: BLAKE3 of the whole vector
-//! and of each of its chunks, which are what others compare, and an XXH3 checksum of each chunk of each
-//! vector, by which every chunk is verified whenever it is read (a tenth of BLAKE3's time). A version is
-//! there whole or not at all; which versions are *committed* is the database's to say: one above the newest
-//! committed is an orphan of a crash, and writing it again replaces it.
+//! `<root>/<run>/<version>/` holds
+//!
+//! | file | what | where |
+//! |---|---|---|
+//! | `parameters.f32` | the flat vector that the sites hold, fp32 little-endian | always |
+//! | `momentum.f32` | the outer optimizer's momentum, of the same shape | the optimizer has one |
+//! | `residual.f32` | what rounding for the wire dropped, of the same shape | it enters the next round |
+//! | `update.bin` | the encoded chunks of what the round changed, at fixed distances | updates are sent |
+//! | `chunks.digests` | BLAKE3 of the vector and of each chunk as it is sent, an XXH3 checksum of each chunk of each file | always |
+//!
+//! The BLAKE3 digests are what others compare; by the checksums, which take a tenth of the time, every chunk
+//! is verified whenever it is read. A version is there whole or not at all; which versions are *committed* is
+//! the database's to say: one above the newest committed is an orphan of a crash, and writing it again
+//! replaces it.
 //!
 //! Nothing here computes a model, and nothing holds more of one than a chunk, or maps it. Calls block: async
 //! callers use `spawn_blocking`.
 
 mod files;
 mod new_version;
+mod reader;
 
-use std::{
-    fs,
-    io::{self, Read},
-    os::unix::fs::FileExt,
-    path::PathBuf,
-};
+use std::{fs, io, os::unix::fs::FileExt, path::PathBuf};
 
 use consort_common::{
     atomic_file,
     chunk::{ChunkPlan, NoSuchChunk},
+    codec::{Encoding, ModelEncoding},
     ids::{Digest, RunName},
     units,
 };
-use rayon::prelude::*;
 
-use self::files::{DIGESTS_FILE, MOMENTUM_FILE, NewFiles, PARAMETERS_FILE, Place, StoredVector, checksum};
-pub(crate) use self::new_version::ChunkRecord;
-pub use self::new_version::NewVersion;
+use self::files::{
+    MOMENTUM_FILE, NewFiles, PARAMETERS_FILE, Parts, Place, RESIDUAL_FILE, StoredPart, UPDATE_FILE, checksum,
+};
+pub(crate) use self::new_version::{ChunkRecord, NewChunk};
+pub use self::{new_version::NewVersion, reader::ModelBytes};
 
 // Vectors are little-endian and are written as they lie in memory.
 const _: () = assert!(cfg!(target_endian = "little"), "models are written on little-endian machines");
@@ -73,12 +79,76 @@ pub enum ModelError {
         /// What the filesystem has left.
         available_bytes: u64,
     },
+    /// The version was not made from the one before by an update that is sent.
+    #[error("version {version} of run {run} has no update that could be sent")]
+    NoUpdate {
+        /// The run.
+        run: RunName,
+        /// The version.
+        version: u32,
+    },
     /// The chunk does not exist.
     #[error(transparent)]
     NoSuchChunk(#[from] NoSuchChunk),
     /// The system refused an operation; the error names it and the path.
     #[error("the model files failed: {0}")]
     Io(#[from] io::Error),
+}
+
+/// What a run's versions consist of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ModelLayout {
+    /// How the flat vector is cut.
+    pub plan: ChunkPlan,
+    /// How versions reach the sites.
+    pub encoding: ModelEncoding,
+    /// Whether the outer optimizer has momentum.
+    pub momentum: bool,
+}
+
+impl ModelLayout {
+    /// Whether what rounding drops is kept for the next round.
+    pub fn has_residual(self) -> bool {
+        self.encoding.residual_decay().is_some()
+    }
+
+    /// The encoding of the update that makes `version` of the one before, if there is one.
+    pub fn update_of(self, version: u32) -> Option<Encoding> {
+        self.encoding.update().filter(|_| version > 0)
+    }
+
+    /// Bytes of one fp32 vector.
+    fn vector_bytes(self) -> u64 {
+        self.plan.parameters() * VALUE_BYTES
+    }
+
+    /// Bytes of chunk `index` of the update, and where they begin.
+    fn update_place(self, index: u32) -> Result<(u64, usize), NoSuchChunk> {
+        let codec = self.encoding.update().unwrap_or_default().codec();
+        let stride = codec.encoded_bytes(self.plan.chunk_parameters() as usize) as u64;
+        Ok((u64::from(index) * stride, codec.encoded_bytes(self.plan.length(index)?)))
+    }
+
+    /// Where chunk `index` begins in the file of that name.
+    fn offset(self, name: &str, index: u32) -> Result<u64, NoSuchChunk> {
+        if name == UPDATE_FILE {
+            Ok(self.update_place(index)?.0)
+        } else {
+            Ok(self.plan.range(index)?.start * VALUE_BYTES)
+        }
+    }
+
+    /// Bytes of the whole update.
+    fn update_bytes(self) -> u64 {
+        let last = self.plan.chunks().saturating_sub(1);
+        self.update_place(last).map_or(0, |(offset, bytes)| offset + bytes as u64)
+    }
+
+    /// Bytes of all chunked files of `version`.
+    pub(crate) fn version_bytes(self, version: u32) -> u64 {
+        let vectors = 1 + u64::from(self.momentum) + u64::from(self.has_residual());
+        vectors * self.vector_bytes() + self.update_of(version).map_or(0, |_| self.update_bytes())
+    }
 }
 
 /// The versions of all runs.
@@ -93,78 +163,50 @@ impl ModelFiles {
         Self { root: root.into() }
     }
 
-    /// Writes version 0, and a momentum of zeros if the outer optimizer has one: `fill` is called with a
-    /// position and a piece of the flat vector that begins there, by several threads at a time. To be called
-    /// before the run is recorded, never after: it replaces a version 0 that is there.
-    ///
-    /// # Errors
-    /// [`ModelError::Full`], before anything is filled; or the system's.
-    pub fn create_initial(
-        &self,
-        run: &RunName,
-        plan: ChunkPlan,
-        momentum: bool,
-        fill: impl Fn(u64, &mut [f32]) + Sync,
-    ) -> Result<ModelVersion, ModelError> {
-        let version = self.begin(run, 0, plan, momentum)?;
-        let write = |(values, zeros): &mut (Vec<f32>, Vec<f32>), index| {
-            let range = plan.range(index)?;
-            let length = plan.length(index)?;
-            values.resize(length, 0.0);
-            zeros.resize(if momentum { length } else { 0 }, 0.0);
-            fill(range.start, values);
-            version.write(index, values, momentum.then_some(zeros.as_slice()))
-        };
-        let chunks = (0..plan.chunks()).into_par_iter().map_init(Default::default, write);
-        let chunks = chunks.collect::<Result<Vec<_>, _>>()?;
-        version.finish(&chunks)
-    }
-
     /// Opens a version. What it holds is verified chunk by chunk as it is read.
     ///
     /// # Errors
-    /// [`ModelError::Missing`]; [`ModelError::Corrupt`] if its files do not have the sizes of `plan`.
-    pub fn open(&self, run: &RunName, version: u32, plan: ChunkPlan) -> Result<ModelVersion, ModelError> {
+    /// [`ModelError::Missing`]; [`ModelError::Corrupt`] if its files do not have the sizes of `layout`.
+    pub fn open(&self, run: &RunName, version: u32, layout: ModelLayout) -> Result<ModelVersion, ModelError> {
         let directory = self.directory(run, version);
         let place = Place { run: run.clone(), version, directory };
-        let parameters = place.open(PARAMETERS_FILE, plan)?.ok_or_else(|| place.missing())?;
-        let momentum = place.open(MOMENTUM_FILE, plan)?;
-        let digests = place.read_digests(plan, momentum.is_some())?;
-        let mut checksums = digests.checksums.into_iter();
-        let mut vector =
-            |name, file| StoredVector { name, file, checksums: checksums.next().unwrap_or_default() };
+        if !place.directory.exists() {
+            return Err(place.missing());
+        }
+        let parts = Parts::of(layout, version, |name, bytes| {
+            Ok::<_, ModelError>(StoredPart { name, file: place.open(name, bytes)?, checksums: Vec::new() })
+        })?;
+        let count = parts.iter().count();
+        let digests = place.read_digests(layout.plan.chunks(), count, layout.update_of(version).is_some())?;
+        let parts = parts.with_checksums(digests.checksums);
         Ok(ModelVersion {
             digest: digests.whole,
             chunk_digests: digests.chunks,
-            parameters: vector(PARAMETERS_FILE, parameters),
-            momentum: momentum.map(|file| vector(MOMENTUM_FILE, file)),
+            update_digests: digests.update,
+            parts,
             place,
-            plan,
+            layout,
         })
     }
 
     /// Starts to write a version, beside its place until [`NewVersion::finish`]. Its space is reserved, so
     /// that a full disk is found here and not half-way. A version has one writer at a time.
-    pub fn begin(
-        &self,
-        run: &RunName,
-        version: u32,
-        plan: ChunkPlan,
-        momentum: bool,
-    ) -> Result<NewVersion, ModelError> {
+    ///
+    /// # Errors
+    /// [`ModelError::Full`], or the system's.
+    pub fn begin(&self, run: &RunName, version: u32, layout: ModelLayout) -> Result<NewVersion, ModelError> {
         let place = Place { run: run.clone(), version, directory: self.directory(run, version) };
-        let vector_bytes = plan.parameters() * VALUE_BYTES;
-        let needed_bytes = vector_bytes * (1 + u64::from(momentum));
+        let needed_bytes = layout.version_bytes(version);
         let files = atomic_file::create_partial_directory(&place.directory).and_then(|partial| {
             // Some filesystems fill up before they find that there is not enough.
             if fs4::available_space(&partial)? < needed_bytes {
                 let _ = atomic_file::remove_directory(&partial);
                 return Err(io::ErrorKind::StorageFull.into());
             }
-            NewFiles::create(partial, vector_bytes, momentum)
+            NewFiles::create(partial, layout, version)
         });
         match files {
-            Ok(files) => Ok(NewVersion { models: self.clone(), place, plan, files }),
+            Ok(files) => Ok(NewVersion::new(self.clone(), place, layout, files)),
             Err(error) => Err(self.explain(&place, needed_bytes, error)),
         }
     }
@@ -212,11 +254,11 @@ impl ModelFiles {
 #[derive(Debug)]
 pub struct ModelVersion {
     place: Place,
-    plan: ChunkPlan,
+    layout: ModelLayout,
     digest: Digest,
     chunk_digests: Vec<Digest>,
-    parameters: StoredVector,
-    momentum: Option<StoredVector>,
+    update_digests: Vec<Digest>,
+    parts: Parts<StoredPart>,
 }
 
 impl ModelVersion {
@@ -225,9 +267,14 @@ impl ModelVersion {
         &self.place.run
     }
 
+    /// What it consists of.
+    pub fn layout(&self) -> ModelLayout {
+        self.layout
+    }
+
     /// How it is cut.
     pub fn plan(&self) -> ChunkPlan {
-        self.plan
+        self.layout.plan
     }
 
     /// The version: the round that made it, 0 for the initial one.
@@ -236,7 +283,7 @@ impl ModelVersion {
     }
 
     /// BLAKE3 over the flat fp32 little-endian vector, as recorded when it was written: the same however
-    /// the vector is cut.
+    /// the vector is cut and sent.
     pub fn digest(&self) -> Digest {
         self.digest
     }
@@ -246,53 +293,77 @@ impl ModelVersion {
         self.place.directory.join(PARAMETERS_FILE)
     }
 
-    /// Whether the outer optimizer's momentum is beside the parameters.
-    pub fn has_momentum(&self) -> bool {
-        self.momentum.is_some()
+    /// The encoding of [`ModelVersion::chunk`].
+    pub fn encoding(&self) -> Encoding {
+        self.layout.encoding.whole()
     }
 
-    /// The parameters of chunk `index`, fp32 little-endian, verified, and their BLAKE3 digest.
+    /// The encoding of [`ModelVersion::update_chunk`], if there is an update.
+    pub fn update_encoding(&self) -> Option<Encoding> {
+        self.layout.update_of(self.place.version)
+    }
+
+    /// Chunk `index` of the parameters in the form in which the run's versions are sent whole, and the BLAKE3
+    /// digest of these bytes. Decoding them gives exactly the version's parameters.
     ///
     /// # Errors
     /// If the chunk does not exist or is not what was written.
     pub fn chunk(&self, index: u32) -> Result<(Vec<u8>, Digest), ModelError> {
-        let mut payload = vec![0; self.plan.length(index)? * VALUE_BYTES as usize];
-        self.read(&self.parameters, index, &mut payload)?;
+        let length = self.plan().length(index)?;
+        let payload = if self.encoding() == Encoding::Fp32 {
+            let mut payload = vec![0; length * VALUE_BYTES as usize];
+            self.read(&self.parts.parameters, index, &mut payload)?;
+            payload
+        } else {
+            let mut values = vec![0.0; length];
+            self.read_parameters(index, &mut values)?;
+            self.encoding().encode(&values)
+        };
         Ok((payload, self.chunk_digests[index as usize]))
+    }
+
+    /// Chunk `index` of the encoded update: its decoded values, added in f32 to the parameters of the version
+    /// before, give this version's. With the BLAKE3 digest of these bytes.
+    ///
+    /// # Errors
+    /// [`ModelError::NoUpdate`]; or if the chunk does not exist or is not what was written.
+    pub fn update_chunk(&self, index: u32) -> Result<(Vec<u8>, Digest), ModelError> {
+        let Some(update) = &self.parts.update else {
+            return Err(ModelError::NoUpdate { run: self.run().clone(), version: self.version() });
+        };
+        let mut payload = vec![0; self.layout.update_place(index)?.1];
+        self.read(update, index, &mut payload)?;
+        Ok((payload, self.update_digests[index as usize]))
     }
 
     /// The whole flat vector, from its beginning, a chunk in memory at a time.
     pub fn reader(&self) -> ModelBytes<'_> {
-        ModelBytes {
-            version: self,
-            next_chunk: 0,
-            chunk: Vec::new(),
-            taken: 0,
-            hasher: blake3::Hasher::new(),
-            fault: None,
-        }
+        ModelBytes::new(self)
     }
 
     /// Reads the parameters of chunk `index` into `values`, which has its length, and verifies them.
     pub(crate) fn read_parameters(&self, index: u32, values: &mut [f32]) -> Result<(), ModelError> {
-        self.read(&self.parameters, index, bytemuck::cast_slice_mut(values))
+        self.read(&self.parts.parameters, index, bytemuck::cast_slice_mut(values))
     }
 
     /// Like [`ModelVersion::read_parameters`] for the momentum.
     pub(crate) fn read_momentum(&self, index: u32, values: &mut [f32]) -> Result<(), ModelError> {
-        match &self.momentum {
-            Some(momentum) => self.read(momentum, index, bytemuck::cast_slice_mut(values)),
-            None => {
-                let reason = "the outer optimizer's state is not there".to_owned();
-                Err(self.place.corrupt(MOMENTUM_FILE, reason))
-            }
-        }
+        self.read(self.part(&self.parts.momentum, MOMENTUM_FILE)?, index, bytemuck::cast_slice_mut(values))
     }
 
-    /// Reads chunk `index` of a vector into `bytes`, which has its length.
-    fn read(&self, vector: &StoredVector, index: u32, bytes: &mut [u8]) -> Result<(), ModelError> {
-        let StoredVector { name, file, checksums } = vector;
-        let offset = self.plan.range(index)?.start * VALUE_BYTES;
+    /// Like [`ModelVersion::read_parameters`] for the residual.
+    pub(crate) fn read_residual(&self, index: u32, values: &mut [f32]) -> Result<(), ModelError> {
+        self.read(self.part(&self.parts.residual, RESIDUAL_FILE)?, index, bytemuck::cast_slice_mut(values))
+    }
+
+    fn part<'a>(&self, part: &'a Option<StoredPart>, name: &str) -> Result<&'a StoredPart, ModelError> {
+        part.as_ref().ok_or_else(|| self.place.corrupt(name, "the run's versions have none".to_owned()))
+    }
+
+    /// Reads chunk `index` of a part into `bytes`, which has its length, and verifies it.
+    fn read(&self, part: &StoredPart, index: u32, bytes: &mut [u8]) -> Result<(), ModelError> {
+        let StoredPart { name, file, checksums } = part;
+        let offset = self.layout.offset(name, index)?;
         file.read_exact_at(bytes, offset)
             .map_err(|error| self.place.corrupt(name, format!("chunk {index} cannot be read: {error}")))?;
         let (expected, actual) = (checksums[index as usize], checksum(bytes));
@@ -301,56 +372,6 @@ impl ModelVersion {
             return Err(self.place.corrupt(name, reason));
         }
         Ok(())
-    }
-}
-
-/// The bytes of a version's flat vector, in order. Every chunk is verified before any of it is given, and
-/// the last one is given only if all of them together have the version's digest.
-#[derive(Debug)]
-pub struct ModelBytes<'a> {
-    version: &'a ModelVersion,
-    next_chunk: u32,
-    chunk: Vec<u8>,
-    /// How much of `chunk` was given.
-    taken: usize,
-    hasher: blake3::Hasher,
-    fault: Option<ModelError>,
-}
-
-impl ModelBytes<'_> {
-    /// Why reading failed, if it did: the error of [`Read`] says no more than that.
-    pub fn into_fault(self) -> Option<ModelError> {
-        self.fault
-    }
-
-    fn read_next_chunk(&mut self) -> Result<(), ModelError> {
-        let Self { version, next_chunk, chunk, taken, hasher, .. } = self;
-        *taken = 0;
-        chunk.resize(version.plan.length(*next_chunk)? * VALUE_BYTES as usize, 0);
-        version.read(&version.parameters, *next_chunk, chunk)?;
-        hasher.update_rayon(chunk);
-        *next_chunk += 1;
-        let found = Digest::from(hasher.finalize());
-        if *next_chunk == version.plan.chunks() && found != version.digest {
-            let reason = format!("it has the digest {}, not {}", found.short(), version.digest.short());
-            return Err(version.place.corrupt(PARAMETERS_FILE, reason));
-        }
-        Ok(())
-    }
-}
-
-impl Read for ModelBytes<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.taken == self.chunk.len() && self.next_chunk < self.version.plan.chunks() {
-            self.read_next_chunk().map_err(|fault| {
-                self.chunk.clear();
-                self.fault = Some(fault);
-                io::Error::other("the model cannot be read")
-            })?;
-        }
-        let given = (&self.chunk[self.taken..]).read(buffer)?;
-        self.taken += given;
-        Ok(given)
     }
 }
 

@@ -10,7 +10,8 @@ use consort_common::{
 
 use crate::{
     engine::Plan,
-    models::{ModelError, ModelVersion},
+    models::{ModelError, ModelLayout, ModelVersion},
+    reduce,
 };
 
 /// What does not change about a run once it is created.
@@ -52,6 +53,14 @@ impl RunMaterial {
             spec,
             spec_toml,
         })
+    }
+}
+
+impl RunMaterial {
+    /// What the run's versions consist of.
+    pub fn layout(&self) -> ModelLayout {
+        let momentum = reduce::has_momentum(&self.spec.outer.optimizer);
+        ModelLayout { plan: self.plan, encoding: self.spec.wire.model_encoding, momentum }
     }
 }
 

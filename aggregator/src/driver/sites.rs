@@ -219,7 +219,7 @@ impl Driver {
         if version > newest {
             return Err(DriverError::NoSuchVersion { run: run.clone(), version, newest });
         }
-        let files = self.models.open(run, version, material.plan).map_err(|error| match error {
+        let files = self.models.open(run, version, material.layout()).map_err(|error| match error {
             ModelError::Missing { .. } => DriverError::NoSuchVersion { run: run.clone(), version, newest },
             other => other.into(),
         })?;

@@ -81,7 +81,7 @@ impl Driver {
         let begun = unix_ms_now();
         let contributors = contributions.len();
         let outcome = spawn_blocking(move || -> Result<_, DriverError> {
-            let base = driver.models.open(&material.name, round - 1, material.plan)?;
+            let base = driver.models.open(&material.name, round - 1, material.layout())?;
             let contributions = contributions.into_iter().map(|weighted| {
                 let contribution = weighted.contribution;
                 let key = ContributionKey {
@@ -93,15 +93,14 @@ impl Driver {
                 WeightedContribution {
                     key,
                     weight: weighted.weight,
+                    encoding: contribution.facts.encoding,
                     delta_digest: contribution.facts.delta_digest,
                 }
             });
-            let optimizer = &material.spec.outer.optimizer;
             Ok(reduce::reduce(ReduceInputs {
-                encoding: material.spec.wire.delta_encoding,
                 contributions: contributions.collect(),
-                base: &base,
-                optimizer,
+                base,
+                optimizer: material.spec.outer.optimizer.clone(),
                 spool: &driver.spool,
                 models: &driver.models,
             })?)
@@ -173,7 +172,7 @@ impl Driver {
         version: u32,
         directory: &std::path::Path,
     ) -> Result<(consort_common::ids::Digest, u64), DriverError> {
-        let model = self.models.open(&material.name, version, material.plan)?;
+        let model = self.models.open(&material.name, version, material.layout())?;
         let tokenizer_path = self.tokenizer_path(&material.name);
         let tokenizer = std::fs::read_to_string(&tokenizer_path)
             .map_err(|source| DriverError::Read { what: tokenizer_path.display().to_string(), source })?;

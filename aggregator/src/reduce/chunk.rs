@@ -1,0 +1,255 @@
+//! One chunk of a reduction.
+//!
+//! Payloads are read in groups, each whole and verified, and what is read stays in the cache until it is used:
+//! then the chunk is worked on tile by tile, every delta of the group being decoded and added to the tile's
+//! sums before the next tile. With the last group a tile goes on through the outer step and the rounding.
+//!
+//! Sketch, for K deltas in fp32 and a chunk of 2^18 values: K MiB come from memory through the copy of a read
+//! system call, which does 10 to 20 GB/s per core; the checksum reads them from the cache at 50 GB/s; decoding
+//! and adding is 3 instructions for 8 or 16 values. The new version is hashed at 5 GB/s and written.
+
+use consort_common::{
+    codec::{Encoding, TILE_PARAMETERS},
+    ids::Digest,
+    spec::OuterOptimizer,
+};
+
+use super::{
+    ReduceError, Share,
+    broadcast::{self, Rounding},
+    damaged, kernel, outer,
+};
+use crate::models::{ChunkRecord, ModelError, ModelVersion, NewChunk, NewVersion};
+
+/// Payloads are read until they have this together.
+const GROUP_BYTES: usize = 4 << 20;
+
+/// What a round's reduction works on.
+#[derive(Debug)]
+pub(super) struct Inputs {
+    /// In canonical order.
+    pub(super) shares: Vec<Share>,
+    pub(super) base: ModelVersion,
+    optimizer: OuterOptimizer,
+    rounding: Rounding,
+    residual_decay: f32,
+    /// Sum of the weights, in canonical order.
+    total_weight: f64,
+}
+
+/// One core's vectors, kept from chunk to chunk. All but the payloads have the chunk's length, or none.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    /// Of a group of deltas.
+    payloads: Vec<Vec<u8>>,
+    sums: Vec<f64>,
+    base: Vec<f32>,
+    momentum: Vec<f32>,
+    residual: Vec<f32>,
+    parameters: Vec<f32>,
+    /// What the new version's form sends.
+    sent: Vec<u8>,
+}
+
+/// What is kept of a folded chunk.
+#[derive(Debug)]
+pub(super) struct FoldedChunk {
+    pub(super) record: ChunkRecord,
+    /// Of the payloads that went in, in canonical order.
+    pub(super) digests: Box<[Digest]>,
+    pub(super) delta_square: f64,
+    pub(super) update_square: f64,
+}
+
+/// Two sums of squares that grow tile by tile.
+#[derive(Default)]
+struct Squares {
+    delta: [f64; kernel::LANES],
+    update: [f64; kernel::LANES],
+}
+
+impl Inputs {
+    pub(super) fn new(shares: Vec<Share>, base: ModelVersion, optimizer: OuterOptimizer) -> Self {
+        let form = base.layout().encoding;
+        Self {
+            total_weight: shares.iter().map(|share| share.weight).sum(),
+            rounding: Rounding::new(form),
+            residual_decay: form.residual_decay().unwrap_or_default(),
+            shares,
+            base,
+            optimizer,
+        }
+    }
+
+    /// Bytes of one core's vectors, about.
+    pub(super) fn scratch_bytes(&self) -> usize {
+        let layout = self.base.layout();
+        let vectors = 4 + usize::from(layout.momentum) + usize::from(layout.has_residual());
+        let chunk = self.base.plan().chunk_parameters() as usize;
+        let sent = self.rounding.encoding().map_or(0, |encoding| encoding.codec().encoded_bytes(chunk));
+        vectors * size_of::<f32>() * chunk + sent + GROUP_BYTES + size_of::<f32>() * chunk
+    }
+
+    /// Reads, averages, steps, rounds and writes chunk `index`.
+    pub(super) fn fold(
+        &self,
+        index: u32,
+        scratch: &mut Scratch,
+        new: &NewVersion,
+    ) -> Result<FoldedChunk, ReduceError> {
+        let length = self.base.plan().length(index).map_err(ModelError::from)?;
+        scratch.resize(length, self);
+        self.base.read_parameters(index, &mut scratch.base)?;
+        if !scratch.momentum.is_empty() {
+            self.base.read_momentum(index, &mut scratch.momentum)?;
+        }
+        if !scratch.residual.is_empty() {
+            self.base.read_residual(index, &mut scratch.residual)?;
+        }
+
+        let (mut digests, mut squares) = (Vec::with_capacity(self.shares.len()), Squares::default());
+        while digests.len() < self.shares.len() {
+            let done = digests.len();
+            self.read_group(index, length, &mut scratch.payloads, &mut digests)?;
+            let group = &self.shares[done..digests.len()];
+            for begin in (0..length).step_by(TILE_PARAMETERS) {
+                let end = (begin + TILE_PARAMETERS).min(length);
+                if done == 0 {
+                    scratch.sums[begin..end].fill(0.0);
+                }
+                self.accumulate(index, group, scratch, begin, end)?;
+                if digests.len() == self.shares.len() {
+                    self.step(scratch, begin, end, &mut squares).map_err(|at| self.not_finite(index, at))?;
+                }
+            }
+        }
+
+        let update_square = squares.update.iter().sum::<f64>();
+        // One value that is not finite makes the sum so. Momentum takes the parameters with it.
+        if !update_square.is_finite() {
+            let at = scratch.parameters.iter().position(|value| !value.is_finite());
+            return Err(self.not_finite(index, at.unwrap_or_default()));
+        }
+        let chunk = scratch.new_chunk(self.base.layout().update_of(new.version()).is_some());
+        Ok(FoldedChunk {
+            record: new.write(index, chunk)?,
+            digests: digests.into(),
+            delta_square: squares.delta.iter().sum(),
+            update_square,
+        })
+    }
+
+    /// Reads the payloads that come next, and adds their digests.
+    fn read_group(
+        &self,
+        index: u32,
+        length: usize,
+        payloads: &mut Vec<Vec<u8>>,
+        digests: &mut Vec<Digest>,
+    ) -> Result<(), ReduceError> {
+        let (mut bytes, mut place) = (0, 0);
+        while let Some(share) = self.shares.get(digests.len()) {
+            bytes += share.encoding().codec().encoded_bytes(length);
+            if place > 0 && bytes > GROUP_BYTES {
+                break;
+            }
+            if payloads.len() == place {
+                payloads.push(Vec::new());
+            }
+            let delta = &share.delta;
+            let digest = delta.read(index, &mut payloads[place]);
+            digests.push(digest.map_err(|error| damaged(delta.key(), index, error))?);
+            place += 1;
+        }
+        Ok(())
+    }
+
+    /// Adds the tile of each delta of the group to its sums.
+    fn accumulate(
+        &self,
+        index: u32,
+        group: &[Share],
+        scratch: &mut Scratch,
+        begin: usize,
+        end: usize,
+    ) -> Result<(), ReduceError> {
+        let mut decoded = [0.0; TILE_PARAMETERS];
+        let decoded = &mut decoded[..end - begin];
+        let sums = &mut scratch.sums[begin..end];
+        for (share, payload) in group.iter().zip(&scratch.payloads) {
+            let codec = share.encoding().codec();
+            // Tiles begin at multiples of every encoding's block.
+            let begin_bytes = codec.encoded_bytes(begin);
+            let tile = &payload[begin_bytes..begin_bytes + codec.encoded_bytes(end - begin)];
+            codec
+                .decode(tile, decoded)
+                .map_err(|error| damaged(share.delta.key(), index, error.after(begin)))?;
+            kernel::accumulate(sums, share.weight / self.total_weight, decoded);
+        }
+        Ok(())
+    }
+
+    /// Takes a tile from its sums to what the sites will hold; the error is the position of a value in the
+    /// chunk that is not finite.
+    fn step(
+        &self,
+        scratch: &mut Scratch,
+        begin: usize,
+        end: usize,
+        squares: &mut Squares,
+    ) -> Result<(), usize> {
+        let Scratch { sums, base, momentum, residual, parameters, sent, .. } = scratch;
+        let mut delta = [0.0; TILE_PARAMETERS];
+        let delta = &mut delta[..end - begin];
+        let sums = &mut sums[begin..end];
+        let base = &base[begin..end];
+        let parameters = &mut parameters[begin..end];
+        let momentum = momentum.get_mut(begin..end).unwrap_or_default();
+        let residual = residual.get_mut(begin..end).unwrap_or_default();
+        kernel::round(sums, delta);
+        kernel::add_squares(&mut squares.delta, delta);
+
+        let start = sums; // The mean is taken; its place is free.
+        broadcast::start(base, residual, self.residual_decay, start);
+        outer::step(&self.optimizer, delta, start, parameters, momentum);
+        let sent = match self.rounding.encoding().map(Encoding::codec) {
+            Some(codec) => {
+                let begin_bytes = codec.encoded_bytes(begin);
+                &mut sent[begin_bytes..begin_bytes + codec.encoded_bytes(end - begin)]
+            }
+            None => &mut [],
+        };
+        if self.rounding.apply(base, parameters, residual, sent).is_err() {
+            let at = parameters.iter().position(|value| !value.is_finite());
+            return Err(begin + at.unwrap_or_default());
+        }
+        kernel::add_squares_of_differences(&mut squares.update, parameters, base);
+        Ok(())
+    }
+
+    fn not_finite(&self, index: u32, position: usize) -> ReduceError {
+        let start = self.base.plan().range(index).map_or(0, |range| range.start);
+        ReduceError::NotFinite { version: self.base.version() + 1, parameter: start + position as u64 }
+    }
+}
+
+impl Scratch {
+    fn resize(&mut self, length: usize, inputs: &Inputs) {
+        let layout = inputs.base.layout();
+        self.sums.resize(length, 0.0);
+        self.base.resize(length, 0.0);
+        self.parameters.resize(length, 0.0);
+        let momentum = outer::has_momentum(&inputs.optimizer);
+        self.momentum.resize(if momentum { length } else { 0 }, 0.0);
+        self.residual.resize(if layout.has_residual() { length } else { 0 }, 0.0);
+        let sent = inputs.rounding.encoding();
+        self.sent.resize(sent.map_or(0, |encoding| encoding.codec().encoded_bytes(length)), 0);
+    }
+
+    fn new_chunk(&self, update: bool) -> NewChunk<'_> {
+        let Self { parameters, momentum, residual, sent, .. } = self;
+        let (whole_payload, update_payload) =
+            if update { (&[][..], &sent[..]) } else { (&sent[..], &[][..]) };
+        NewChunk { parameters, momentum, residual, whole_payload, update_payload }
+    }
+}
