@@ -26,24 +26,10 @@
 use consort_common::codec::{DecodeError, Encoding, ModelEncoding, TILE_PARAMETERS};
 use multiversion::multiversion;
 
-/// p + c r, in f64. Without a residual `residual` is empty.
-pub(super) fn start(base: &[f32], residual: &[f32], decay: f32, start: &mut [f64]) {
-    if residual.is_empty() {
-        widen(base, start);
-    } else {
-        add_residual(base, residual, f64::from(decay), start);
-    }
-}
-
+/// p + c r, in f64.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl", "x86_64+avx2"))]
-fn widen(base: &[f32], start: &mut [f64]) {
-    for (start, p) in start.iter_mut().zip(base) {
-        *start = f64::from(*p);
-    }
-}
-
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl", "x86_64+avx2"))]
-fn add_residual(base: &[f32], residual: &[f32], decay: f64, start: &mut [f64]) {
+pub(super) fn add_residual(base: &[f32], residual: &[f32], decay: f32, start: &mut [f64]) {
+    let decay = f64::from(decay);
     for ((start, p), r) in start.iter_mut().zip(base).zip(residual) {
         *start = f64::from(*p) + decay * f64::from(*r);
     }
@@ -69,7 +55,7 @@ impl Rounding {
         }
     }
 
-    /// Rounds a chunk, or a piece of one that begins at a multiple of [`TILE_PARAMETERS`]: `parameters` come
+    /// Rounds a chunk, or a piece of one that begins at a multiple of the encoding's block: `parameters` come
     /// as x and become p'; `residual` becomes r', or is empty; `payload` becomes what is sent, and has its
     /// length. `base` is p, of which only an update takes notice.
     ///

@@ -4,8 +4,8 @@
 //! DiLoCo (Douillard et al., arXiv 2311.08105, algorithm 1, lines 12 to 14) calls -d the outer gradient and
 //! subtracts.
 //!
-//! Precision: d and the momentum m are f32, the parameters p (with the residual, see `broadcast`) are given
-//! in f64; each line below is computed in f64 from left to right and rounded to f32 once. The second line of
+//! Precision: d and the momentum m are f32, the parameters p are f32 too, or f64 where a
+//! residual was added to them (see `broadcast`); each line below is computed in f64 from left to right and rounded to f32 once. The second line of
 //! Nesterov takes the m' that was rounded, so that it is a function of what is stored.
 
 use consort_common::spec::OuterOptimizer;
@@ -16,12 +16,12 @@ pub fn has_momentum(optimizer: &OuterOptimizer) -> bool {
     matches!(optimizer, OuterOptimizer::Nesterov { .. })
 }
 
-/// From the averaged `delta` and `start`, the parameters before, moves `momentum` where the optimizer has one
-/// (else it is empty) and gives the parameters after. All slices have the same length.
-pub(super) fn step(
+/// From the averaged `delta` and `start`, the parameters before in f32 or f64, moves `momentum` where the
+/// optimizer has one (else it is empty) and gives the parameters after. All slices have the same length.
+pub(super) fn step<P: Copy + Into<f64>>(
     optimizer: &OuterOptimizer,
     delta: &[f32],
-    start: &[f64],
+    start: &[P],
     parameters: &mut [f32],
     momentum: &mut [f32],
 ) {
@@ -35,8 +35,9 @@ pub(super) fn step(
 
 /// p' = p + d (McMahan et al., arXiv 1602.05629, algorithm 1: the mean of the local models).
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl", "x86_64+avx2"))]
-fn fedavg(delta: &[f32], start: &[f64], parameters: &mut [f32]) {
+fn fedavg<P: Copy + Into<f64>>(delta: &[f32], start: &[P], parameters: &mut [f32]) {
     for ((parameter, p), d) in parameters.iter_mut().zip(start).zip(delta) {
+        let p: f64 = (*p).into();
         *parameter = rounded(p + f64::from(*d));
     }
 }
@@ -45,16 +46,16 @@ fn fedavg(delta: &[f32], start: &[f64], parameters: &mut [f32]) {
 /// equations 3 and 4, over the looked-ahead parameters) as PyTorch's SGD(nesterov=True) computes it, without
 /// dampening.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl", "x86_64+avx2"))]
-fn nesterov(
+fn nesterov<P: Copy + Into<f64>>(
     learning_rate: f64,
     mu: f64,
     delta: &[f32],
-    start: &[f64],
+    start: &[P],
     parameters: &mut [f32],
     momentum: &mut [f32],
 ) {
     for (((parameter, m), p), d) in parameters.iter_mut().zip(momentum).zip(start).zip(delta) {
-        let d = f64::from(*d);
+        let (p, d): (f64, f64) = ((*p).into(), f64::from(*d));
         *m = rounded(mu * f64::from(*m) + d);
         *parameter = rounded(p + learning_rate * (d + mu * f64::from(*m)));
     }
@@ -78,7 +79,7 @@ mod tests {
         parameters: &mut [f32],
         momentum: &mut [f32],
     ) {
-        let start: Vec<f64> = parameters.iter().map(|p| f64::from(*p)).collect();
+        let start = parameters.to_vec();
         step(optimizer, delta, &start, parameters, momentum);
     }
 
