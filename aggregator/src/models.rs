@@ -189,6 +189,11 @@ impl ModelFiles {
         })
     }
 
+    /// Whether the disk has that much left.
+    pub(crate) fn has_room(&self, bytes: u64) -> Result<bool, ModelError> {
+        Ok(fs4::available_space(&self.root)? >= bytes)
+    }
+
     /// Starts to write a version, beside its place until [`NewVersion::finish`]. Its space is reserved, so
     /// that a full disk is found here and not half-way. A version has one writer at a time.
     ///

@@ -80,8 +80,8 @@ impl Driver {
         let (driver, material) = (self.clone(), material.clone());
         let begun = unix_ms_now();
         let contributors = contributions.len();
+        let mut claim = driver.early.claim(&material.name).await;
         let outcome = spawn_blocking(move || -> Result<_, DriverError> {
-            let base = driver.models.open(&material.name, round - 1, material.layout())?;
             let contributions = contributions.into_iter().map(|weighted| {
                 let contribution = weighted.contribution;
                 let key = ContributionKey {
@@ -97,9 +97,22 @@ impl Driver {
                     delta_digest: contribution.facts.delta_digest,
                 }
             });
+            let contributions: Vec<_> = contributions.collect();
+            if let Some(fold) = claim.take(&contributions) {
+                let early = fold.folded();
+                match fold.finish(&contributions) {
+                    Ok(reduction) => {
+                        tracing::info!(round, chunks = material.plan.chunks(), early, "folded early");
+                        return Ok(reduction);
+                    }
+                    Err(error) => {
+                        tracing::warn!(round, %error, "what was folded early is of no use; reducing anew");
+                    }
+                }
+            }
             Ok(reduce::reduce(ReduceInputs {
-                contributions: contributions.collect(),
-                base,
+                contributions,
+                base: driver.models.open(&material.name, round - 1, material.layout())?,
                 optimizer: material.spec.outer.optimizer.clone(),
                 spool: &driver.spool,
                 models: &driver.models,

@@ -97,6 +97,11 @@ impl RoundFold {
             && shares.iter().zip(contributions).all(|(share, one)| share.is(one))
     }
 
+    /// How many chunks are folded.
+    pub fn folded(&self) -> usize {
+        lock(&self.chunks).iter().filter(|progress| matches!(progress, Progress::Folded(_))).count()
+    }
+
     /// Folds chunk `index`, which is durable in all deltas; does nothing if it is folded, or being folded.
     /// Several threads may fold at a time.
     ///
