@@ -27,7 +27,10 @@ fn main() {
         machine::read_bytes_per_second(1) / 1e9
     );
     let inputs = [("gaussian", gaussian_delta()), ("heavy-tailed", heavy_tailed_delta())];
-    println!("memcpy of a chunk at a time into one that stays in cache: {:.1} GB/s\n", memcpy_rate(&inputs[0].1));
+    println!(
+        "memcpy of a chunk at a time into one that stays in cache: {:.1} GB/s\n",
+        memcpy_rate(&inputs[0].1)
+    );
 
     println!("            wire    GB/s of fp32 on one core    squared error, relative");
     println!("encoding   ratio   encode  decode  +feedback   gaussian  heavy-tailed");
@@ -53,7 +56,11 @@ fn main() {
     for encoding in Encoding::ALL {
         for (name, values) in &inputs {
             let Zstd { saved, compress, decompress } = zstd_on(&encoded(encoding, values));
-            println!("{:8}  {name:12}  {:4.1} %   {compress:8.2}  {decompress:10.2}", encoding.name(), saved * 100.0);
+            println!(
+                "{:8}  {name:12}  {:4.1} %   {compress:8.2}  {decompress:10.2}",
+                encoding.name(),
+                saved * 100.0
+            );
         }
     }
 }
@@ -133,7 +140,8 @@ fn feedback_rate(encoding: Encoding, decay: f32, values: &[f32]) -> f64 {
     let mut errors = vec![0.0; values.len()];
     rate(|| {
         for (chunk, error) in values.chunks(CHUNK_PARAMETERS).zip(errors.chunks_mut(CHUNK_PARAMETERS)) {
-            encode_with_feedback(codec, decay, black_box(chunk), error, &mut payload).expect("the values are finite");
+            encode_with_feedback(codec, decay, black_box(chunk), error, &mut payload)
+                .expect("the values are finite");
             black_box(&mut payload);
         }
     })
@@ -178,13 +186,17 @@ fn zstd_on(payloads: &[Vec<u8>]) -> Zstd {
     let mut lengths = vec![0; payloads.len()];
     let compress = best(|| {
         for ((payload, frame), length) in payloads.iter().zip(&mut frames).zip(&mut lengths) {
-            *length = compressor.compress_to_buffer(payload, frame.as_mut_slice()).expect("the frame has the bound");
+            *length = compressor
+                .compress_to_buffer(payload, frame.as_mut_slice())
+                .expect("the frame has the bound");
         }
     });
     let mut restored = vec![0; payloads[0].len()];
     let decompress = best(|| {
         for (frame, length) in frames.iter().zip(&lengths) {
-            decompressor.decompress_to_buffer(&frame[..*length], restored.as_mut_slice()).expect("it was compressed here");
+            decompressor
+                .decompress_to_buffer(&frame[..*length], restored.as_mut_slice())
+                .expect("it was compressed here");
         }
     });
     Zstd {

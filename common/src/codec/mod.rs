@@ -94,7 +94,9 @@ impl DecodeError {
     pub fn after(mut self, before: usize) -> Self {
         match &mut self {
             Self::Length { .. } => {}
-            Self::NotFinite { position, .. } | Self::Scale { position, .. } | Self::Malformed { position, .. } => {
+            Self::NotFinite { position, .. }
+            | Self::Scale { position, .. }
+            | Self::Malformed { position, .. } => {
                 *position += before;
             }
         }
