@@ -4,43 +4,52 @@
 
 use super::{DecodeError, Fault};
 
-/// Encodes whole blocks of `PARAMETERS` values into `BYTES` bytes each, then what is left.
+/// An encoding in blocks of `PARAMETERS` values, `BYTES` bytes each; the last block may have fewer of both.
 ///
-/// `encode_block` is inlined, once for whole blocks, whose length is then known to the compiler.
+/// Its functions are to be `#[inline(always)]`, so that they are compiled for the processor that their caller
+/// is compiled for, and for whole blocks with their length known. A closure would not be.
+pub(super) trait Block<const PARAMETERS: usize, const BYTES: usize> {
+    /// Encodes one block, 1 to `PARAMETERS` values.
+    fn encode_block(&mut self, values: &[f32], bytes: &mut [u8]);
+
+    /// The reverse; `bytes` has the length that the values take.
+    fn decode_block(bytes: &[u8], values: &mut [f32]) -> Result<(), Fault>;
+}
+
+/// Encodes whole blocks, then what is left.
 #[inline(always)]
 pub(super) fn encode<const PARAMETERS: usize, const BYTES: usize>(
+    encoder: &mut impl Block<PARAMETERS, BYTES>,
     values: &[f32],
     payload: &mut [u8],
-    mut encode_block: impl FnMut(&[f32], &mut [u8]),
 ) {
     let (blocks, last) = values.as_chunks::<PARAMETERS>();
     // Not by the length of the payload: a last block may have fewer values and as many bytes as a whole one.
     let (encoded, last_encoded) = payload.split_at_mut(blocks.len() * BYTES);
     for (values, bytes) in blocks.iter().zip(encoded.as_chunks_mut::<BYTES>().0) {
-        encode_block(values, bytes);
+        encoder.encode_block(values, bytes);
     }
     if !last.is_empty() {
-        encode_block(last, last_encoded);
+        encoder.encode_block(last, last_encoded);
     }
 }
 
 /// The reverse of [`encode`]; the caller has checked the payload's length.
 #[inline(always)]
-pub(super) fn decode<const PARAMETERS: usize, const BYTES: usize>(
+pub(super) fn decode<const PARAMETERS: usize, const BYTES: usize, Decoder: Block<PARAMETERS, BYTES>>(
     payload: &[u8],
     values: &mut [f32],
-    decode_block: impl Fn(&[u8], &mut [f32]) -> Result<(), Fault>,
 ) -> Result<(), DecodeError> {
     let (blocks, last) = values.as_chunks_mut::<PARAMETERS>();
     let whole = blocks.len();
     let (encoded, last_encoded) = payload.split_at(whole * BYTES);
     for (at, (values, bytes)) in blocks.iter_mut().zip(encoded.as_chunks::<BYTES>().0).enumerate() {
-        decode_block(bytes, values).map_err(|fault| fault.at(at * PARAMETERS))?;
+        Decoder::decode_block(bytes, values).map_err(|fault| fault.at(at * PARAMETERS))?;
     }
     if last.is_empty() {
         return Ok(());
     }
-    decode_block(last_encoded, last).map_err(|fault| fault.at(whole * PARAMETERS))
+    Decoder::decode_block(last_encoded, last).map_err(|fault| fault.at(whole * PARAMETERS))
 }
 
 /// Packs codes of `8 / PER_BYTE` bits: with q bytes, code j is in byte j mod q, in the bits from

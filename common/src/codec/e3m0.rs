@@ -15,7 +15,9 @@
 use multiversion::multiversion;
 
 use super::{
-    DecodeError, DeltaCodec, Fault, INFINITY, MAGNITUDE, blocks, check_length, largest_magnitude, scale,
+    DecodeError, DeltaCodec, Fault, INFINITY, MAGNITUDE,
+    blocks::{self, Block},
+    check_length, largest_magnitude, scale,
 };
 
 const BLOCK: usize = 128;
@@ -53,55 +55,57 @@ impl DeltaCodec for E3m0 {
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+bmi2", "x86_64+avx2+bmi2"))]
 fn encode(values: &[f32], payload: &mut [u8]) {
-    blocks::encode::<BLOCK, BLOCK_BYTES>(values, payload, encode_block);
+    blocks::encode(&mut E3m0, values, payload);
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+bmi2", "x86_64+avx2+bmi2"))]
 fn decode(payload: &[u8], values: &mut [f32]) -> Result<(), DecodeError> {
-    blocks::decode::<BLOCK, BLOCK_BYTES>(payload, values, decode_block)
+    blocks::decode::<BLOCK, BLOCK_BYTES, E3m0>(payload, values)
 }
 
-#[inline(always)]
-fn encode_block(values: &[f32], bytes: &mut [u8]) {
-    let (head, packed) = bytes.split_at_mut(scale::BYTES);
-    let largest = largest_magnitude(values);
-    if largest >= INFINITY {
-        head.copy_from_slice(&scale::NOT_FINITE);
-        return packed.fill(0);
+impl Block<BLOCK, BLOCK_BYTES> for E3m0 {
+    #[inline(always)]
+    fn encode_block(&mut self, values: &[f32], bytes: &mut [u8]) {
+        let (head, packed) = bytes.split_at_mut(scale::BYTES);
+        let largest = largest_magnitude(values);
+        if largest >= INFINITY {
+            head.copy_from_slice(&scale::NOT_FINITE);
+            return packed.fill(0);
+        }
+        let encoded = scale::nearest(f32::from_bits(largest));
+        head.copy_from_slice(&encoded);
+        let scale = scale::value(encoded);
+        if scale == 0.0 {
+            return packed.fill(0);
+        }
+        let mut codes = [0; BLOCK];
+        for (code, value) in codes.iter_mut().zip(values) {
+            let ratio = (value / scale).to_bits();
+            let (negative, magnitude) = (ratio > MAGNITUDE, ratio & MAGNITUDE);
+            // Half a mantissa more carries into the exponent from 1.5 * 2^e on: the nearest power of two.
+            let exponent =
+                ((magnitude + 0x0040_0000) >> 23).clamp(EXPONENT_OF_CODE_0 + 1, EXPONENT_OF_CODE_0 + 7);
+            let kept = (exponent - EXPONENT_OF_CODE_0) as u8 | if negative { NEGATIVE } else { 0 };
+            *code = if magnitude < ZERO_BELOW { 0 } else { kept };
+        }
+        blocks::pack::<2>(&codes[..packed.len() * 2], packed);
     }
-    let encoded = scale::nearest(f32::from_bits(largest));
-    head.copy_from_slice(&encoded);
-    let scale = scale::value(encoded);
-    if scale == 0.0 {
-        return packed.fill(0);
-    }
-    let mut codes = [0; BLOCK];
-    for (code, value) in codes.iter_mut().zip(values) {
-        let ratio = (value / scale).to_bits();
-        let (negative, magnitude) = (ratio > MAGNITUDE, ratio & MAGNITUDE);
-        // Half a mantissa more carries into the exponent from 1.5 * 2^e on: the nearest power of two.
-        let exponent =
-            ((magnitude + 0x0040_0000) >> 23).clamp(EXPONENT_OF_CODE_0 + 1, EXPONENT_OF_CODE_0 + 7);
-        let kept = (exponent - EXPONENT_OF_CODE_0) as u8 | if negative { NEGATIVE } else { 0 };
-        *code = if magnitude < ZERO_BELOW { 0 } else { kept };
-    }
-    blocks::pack::<2>(&codes[..packed.len() * 2], packed);
-}
 
-#[inline(always)]
-fn decode_block(bytes: &[u8], values: &mut [f32]) -> Result<(), Fault> {
-    let (head, packed) = bytes.split_at(scale::BYTES);
-    let scale = scale::read([head[0], head[1]], scale::LARGEST)?;
-    let mut codes = [0; BLOCK];
-    let codes = &mut codes[..packed.len() * 2];
-    blocks::unpack::<2>(packed, codes);
-    blocks::check_padding(&codes[values.len()..])?;
-    let mut negative_zero = false;
-    for (value, code) in values.iter_mut().zip(&*codes) {
-        negative_zero |= *code == NEGATIVE;
-        let (sign, exponent) = (u32::from(code & NEGATIVE) << 28, u32::from(code & 7));
-        let power = if exponent == 0 { 0 } else { (exponent + EXPONENT_OF_CODE_0) << 23 };
-        *value = f32::from_bits((f32::from_bits(power) * scale).to_bits() | sign);
+    #[inline(always)]
+    fn decode_block(bytes: &[u8], values: &mut [f32]) -> Result<(), Fault> {
+        let (head, packed) = bytes.split_at(scale::BYTES);
+        let scale = scale::read([head[0], head[1]], scale::LARGEST)?;
+        let mut codes = [0; BLOCK];
+        let codes = &mut codes[..packed.len() * 2];
+        blocks::unpack::<2>(packed, codes);
+        blocks::check_padding(&codes[values.len()..])?;
+        let mut negative_zero = false;
+        for (value, code) in values.iter_mut().zip(&*codes) {
+            negative_zero |= *code == NEGATIVE;
+            let (sign, exponent) = (u32::from(code & NEGATIVE) << 28, u32::from(code & 7));
+            let power = if exponent == 0 { 0 } else { (exponent + EXPONENT_OF_CODE_0) << 23 };
+            *value = f32::from_bits((f32::from_bits(power) * scale).to_bits() | sign);
+        }
+        if negative_zero { Err(Fault::Malformed("has a negative zero, which is not sent")) } else { Ok(()) }
     }
-    if negative_zero { Err(Fault::Malformed("has a negative zero, which is not sent")) } else { Ok(()) }
 }

@@ -49,3 +49,93 @@ pub fn encode_with_feedback(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::super::{
+        Encoding,
+        tests::{gaussian, round_trip},
+    };
+    use super::*;
+
+    /// Sends a delta that is the same in every round but for noise; gives the norm of the sum of the deltas less
+    /// the sum of what arrived, over the norm of the former.
+    fn drift(encoding: Encoding, decay: Option<f32>, rounds: usize) -> f64 {
+        let mut random = ChaCha8Rng::seed_from_u64(5);
+        let codec = encoding.codec();
+        let length = 5000;
+        let lasting: Vec<f32> = (0..length).map(|_| gaussian(&mut random)).collect();
+        let (mut error, mut decoded) = (vec![0.0; length], vec![0.0; length]);
+        let mut payload = vec![0; codec.encoded_bytes(length)];
+        let (mut sent, mut arrived) = (vec![0.0; length], vec![0.0; length]);
+        for _ in 0..rounds {
+            let delta: Vec<f32> =
+                lasting.iter().map(|value| value + 0.1 * random.random_range(-1f32..1.0)).collect();
+            match decay {
+                Some(decay) => encode_with_feedback(codec, decay, &delta, &mut error, &mut payload).unwrap(),
+                None => codec.encode(&delta, &mut payload),
+            }
+            codec.decode(&payload, &mut decoded).unwrap();
+            for at in 0..length {
+                sent[at] += f64::from(delta[at]);
+                arrived[at] += f64::from(decoded[at]);
+            }
+        }
+        let norm = |values: &[f64]| values.iter().map(|value| value * value).sum::<f64>().sqrt();
+        let lost: Vec<f64> = sent.iter().zip(&arrived).map(|(sent, arrived)| sent - arrived).collect();
+        norm(&lost) / norm(&sent)
+    }
+
+    #[test]
+    fn with_feedback_what_arrives_over_many_rounds_is_what_was_sent() {
+        for (encoding, rounds, with, with_decay, without) in
+            [(Encoding::TwoBit, 100, 0.03, 0.2, 0.25), (Encoding::TopK, 400, 0.15, 0.9, 0.9)]
+        {
+            let kept = drift(encoding, Some(1.0), rounds);
+            let decaying = drift(encoding, encoding.error_feedback_decay(), rounds);
+            let forgotten = drift(encoding, None, rounds);
+            assert!(kept < with, "{encoding:?}: {kept}");
+            assert!(decaying < with_decay && decaying < forgotten, "{encoding:?}: {decaying}");
+            assert!(forgotten > without, "{encoding:?}: {forgotten}");
+            // The error is bounded: in twice the rounds its share is half.
+            let longer = drift(encoding, Some(1.0), 2 * rounds);
+            assert!(longer < 0.6 * kept, "{encoding:?}: {longer} after twice the rounds, {kept} before");
+        }
+    }
+
+    #[test]
+    fn feedback_follows_its_formula_to_the_bit() {
+        let mut random = ChaCha8Rng::seed_from_u64(6);
+        let delta: Vec<f32> = (0..10_001).map(|_| gaussian(&mut random)).collect();
+        let before: Vec<f32> = (0..10_001).map(|_| gaussian(&mut random)).collect();
+        for encoding in Encoding::ALL {
+            let codec = encoding.codec();
+            let (mut error, mut payload) = (before.clone(), vec![0; codec.encoded_bytes(delta.len())]);
+            encode_with_feedback(codec, 0.95, &delta, &mut error, &mut payload).unwrap();
+            let x: Vec<f32> = delta.iter().zip(&before).map(|(delta, error)| delta + 0.95 * error).collect();
+            assert_eq!(payload, encoding.encode(&x), "{encoding:?}");
+            let expected: Vec<f32> =
+                x.iter().zip(round_trip(encoding, &x)).map(|(x, decoded)| x - decoded).collect();
+            assert_eq!(error, expected, "{encoding:?}");
+        }
+    }
+
+    #[test]
+    fn feedback_tells_the_sender_where_a_value_is_not_finite() {
+        let mut delta = vec![1.0; 9000];
+        delta[8500] = f32::INFINITY;
+        for encoding in Encoding::ALL {
+            let codec = encoding.codec();
+            let (mut error, mut payload) = (vec![0.0; 9000], vec![0; codec.encoded_bytes(9000)]);
+            let refused = encode_with_feedback(codec, 0.9, &delta, &mut error, &mut payload).unwrap_err();
+            let expected = 8500 / codec.block_parameters() * codec.block_parameters();
+            assert!(
+                matches!(refused, DecodeError::NotFinite { position, .. } | DecodeError::Scale { position, .. } if position == expected),
+                "{encoding:?}: {refused}"
+            );
+        }
+    }
+}

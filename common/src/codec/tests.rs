@@ -4,7 +4,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::*;
 
-fn round_trip(encoding: Encoding, values: &[f32]) -> Vec<f32> {
+pub(super) fn round_trip(encoding: Encoding, values: &[f32]) -> Vec<f32> {
     let payload = encoding.encode(values);
     let mut decoded = vec![f32::NAN; values.len()];
     encoding.codec().decode(&payload, &mut decoded).unwrap();
@@ -12,13 +12,13 @@ fn round_trip(encoding: Encoding, values: &[f32]) -> Vec<f32> {
 }
 
 /// Standard normal values by the method of Box and Muller.
-fn gaussian(random: &mut impl Rng) -> f32 {
+pub(super) fn gaussian(random: &mut ChaCha8Rng) -> f32 {
     let (radius, angle) = (1.0 - random.random::<f64>(), std::f64::consts::TAU * random.random::<f64>());
     ((-2.0 * libm::log(radius)).sqrt() * libm::cos(angle)) as f32
 }
 
 /// Student's t with 3 degrees of freedom: tails far heavier than a delta's.
-fn heavy_tailed(random: &mut impl Rng) -> f32 {
+pub(super) fn heavy_tailed(random: &mut ChaCha8Rng) -> f32 {
     let square = (0..3).map(|_| gaussian(random).powi(2)).sum::<f32>();
     gaussian(random) / (square / 3.0).sqrt()
 }
@@ -27,7 +27,7 @@ fn square(values: impl IntoIterator<Item = f32>) -> f64 {
     values.into_iter().map(|value| f64::from(value).powi(2)).sum()
 }
 
-fn relative_square_error(values: &[f32], decoded: &[f32]) -> f64 {
+pub(super) fn relative_square_error(values: &[f32], decoded: &[f32]) -> f64 {
     square(values.iter().zip(decoded).map(|(value, decoded)| value - decoded))
         / square(values.iter().copied())
 }
@@ -81,8 +81,8 @@ proptest! {
         let decoded = round_trip(Encoding::Int8, &values);
         for (decoded, values) in decoded.chunks(64).zip(values.chunks(64)) {
             let largest = values.iter().fold(0f64, |largest, value| largest.max(f64::from(value.abs())));
-            // Half a step, the scale rounded up to bf16, the saturation next to f32::MAX.
-            let bound = (largest / 254.0 * (1.0 + 1.0 / 128.0)).max(1e-40) + if largest > 3.38e38 { largest * 0.004 } else { 0.0 };
+            // Half a step, and the scale rounded up to bf16.
+            let bound = (largest / 254.0 * (1.0 + 1.0 / 128.0)).max(1e-40);
             for (decoded, value) in decoded.iter().zip(values) {
                 prop_assert!((f64::from(*decoded) - f64::from(*value)).abs() <= bound, "{} for {} below {}", decoded, value, largest);
             }
@@ -172,7 +172,7 @@ proptest! {
 fn sizes_are_exact_for_every_length() {
     let expected = |encoding, n: usize| -> usize {
         let last = |block: usize, bytes: fn(usize) -> usize| {
-            n / block * bytes(block) + if n % block == 0 { 0 } else { bytes(n % block) }
+            n / block * bytes(block) + if n.is_multiple_of(block) { 0 } else { bytes(n % block) }
         };
         match encoding {
             Encoding::Fp32 => 4 * n,
@@ -337,20 +337,31 @@ fn a_small_chunk_has_these_bytes() {
     assert_eq!(hex(Encoding::TopK), "00 00 00 40 04 00 03");
 }
 
+/// Digests of payloads and of what they decode to, made by code without any vector instructions beyond the
+/// architecture's least. A processor that runs a wider version must get the same.
 #[test]
-fn every_vector_width_gives_the_same_bits_as_plain_code() {
-    // The processor that runs this chooses the widest version; the digests were made by plain code.
+fn every_processor_gives_the_same_bits() {
     let mut random = ChaCha8Rng::seed_from_u64(2);
     let values: Vec<f32> = (0..20_000).map(|_| heavy_tailed(&mut random) * 1e-4).collect();
-    for encoding in Encoding::ALL {
-        let payload = encoding.encode(&values);
-        assert_eq!(payload, encoding.encode(&values));
-        let mut decoded = vec![0.0; values.len()];
-        encoding.codec().decode(&payload, &mut decoded).unwrap();
-        let decoded: Vec<u8> = decoded.iter().flat_map(|value| value.to_le_bytes()).collect();
-        let digests = [&payload, &decoded].map(|bytes| blake3::hash(bytes).to_hex()[..16].to_owned());
-        println!("{} {digests:?}", encoding.name());
-    }
+    let digests = Encoding::ALL.map(|encoding| {
+        let decoded: Vec<u8> =
+            round_trip(encoding, &values).iter().flat_map(|value| value.to_le_bytes()).collect();
+        let [payload, decoded] =
+            [encoding.encode(&values), decoded].map(|bytes| blake3::hash(&bytes).to_hex()[..16].to_owned());
+        format!("{} {payload} {decoded}", encoding.name())
+    });
+    assert_eq!(
+        digests,
+        [
+            "fp32 ab54314e20ae4265 ab54314e20ae4265",
+            "bf16 85125b3a8facde2d 43d73877aa5fe0cb",
+            "fp16 d92b586b7aa862d9 2d86eaf9e1930b86",
+            "int8 a11853402e9dc97b 85e5c14e5f3ad6eb",
+            "e3m0 6766e9f31adb41ee 9915896a797c93b0",
+            "2bit 950fe588c65fe1d2 eb281d705fffd07d",
+            "topk ab0b55be1d636ab9 5ed90257b469eb3b",
+        ]
+    );
 }
 
 #[test]
@@ -367,136 +378,6 @@ fn the_error_on_gaussian_values_is_what_the_encodings_say() {
     ] {
         let error = relative_square_error(&values, &round_trip(encoding, &values));
         assert!((least..most).contains(&error), "{encoding:?}: {error}");
-    }
-}
-
-/// The mean of each quarter of `values` in ascending order, in place of its values.
-fn quantile_bins(values: &[f32]) -> Vec<f32> {
-    let mut order: Vec<usize> = (0..values.len()).collect();
-    order.sort_by(|a, b| values[*a].total_cmp(&values[*b]));
-    let mut decoded = vec![0.0; values.len()];
-    for bin in order.chunks(values.len() / 4) {
-        let mean = bin.iter().map(|at| values[*at]).sum::<f32>() / bin.len() as f32;
-        bin.iter().for_each(|at| decoded[*at] = mean);
-    }
-    decoded
-}
-
-/// The mean of each quarter of the range of `values`, in place of its values.
-fn range_bins(values: &[f32]) -> Vec<f32> {
-    let least = values.iter().copied().fold(f32::MAX, f32::min);
-    let most = values.iter().copied().fold(f32::MIN, f32::max);
-    let bin = |value: f32| (((value - least) / (most - least) * 4.0) as usize).min(3);
-    let (mut sums, mut counts) = ([0.0; 4], [0.0; 4]);
-    for value in values {
-        sums[bin(*value)] += value;
-        counts[bin(*value)] += 1.0;
-    }
-    values.iter().map(|value| sums[bin(*value)] / counts[bin(*value)]).collect()
-}
-
-#[test]
-fn topk_with_signs_and_two_magnitudes_loses_less_than_with_four_bins() {
-    let mut random = ChaCha8Rng::seed_from_u64(4);
-    for heavy in [false, true] {
-        let (mut ours, mut quantiles, mut ranges) = (0.0, 0.0, 0.0);
-        for _ in 0..16 {
-            let values: Vec<f32> = (0..4096)
-                .map(|_| if heavy { heavy_tailed(&mut random) } else { gaussian(&mut random) })
-                .collect();
-            let decoded = round_trip(Encoding::TopK, &values);
-            let (kept, decoded): (Vec<f32>, Vec<f32>) =
-                values.iter().zip(&decoded).filter(|(_, decoded)| **decoded != 0.0).unzip();
-            assert_eq!(kept.len(), 64);
-            ours += relative_square_error(&kept, &decoded) / 16.0;
-            quantiles += relative_square_error(&kept, &quantile_bins(&kept)) / 16.0;
-            ranges += relative_square_error(&kept, &range_bins(&kept)) / 16.0;
-        }
-        println!("heavy {heavy}: {ours} against {quantiles} and {ranges}");
-        assert!(
-            ours < quantiles / 2.0 && ours < ranges,
-            "heavy {heavy}: {ours} against {quantiles} and {ranges}"
-        );
-        assert!(heavy || ours < 0.005, "{ours}");
-    }
-}
-
-/// Sends a delta that is the same in every round but for noise; gives the norm of the sum of the deltas less
-/// the sum of what arrived, over the norm of the former.
-fn drift(encoding: Encoding, decay: Option<f32>, rounds: usize) -> f64 {
-    let mut random = ChaCha8Rng::seed_from_u64(5);
-    let codec = encoding.codec();
-    let length = 5000;
-    let lasting: Vec<f32> = (0..length).map(|_| gaussian(&mut random)).collect();
-    let (mut error, mut decoded) = (vec![0.0; length], vec![0.0; length]);
-    let mut payload = vec![0; codec.encoded_bytes(length)];
-    let (mut sent, mut arrived) = (vec![0.0; length], vec![0.0; length]);
-    for _ in 0..rounds {
-        let delta: Vec<f32> =
-            lasting.iter().map(|value| value + 0.1 * random.random_range(-1f32..1.0)).collect();
-        match decay {
-            Some(decay) => encode_with_feedback(codec, decay, &delta, &mut error, &mut payload).unwrap(),
-            None => codec.encode(&delta, &mut payload),
-        }
-        codec.decode(&payload, &mut decoded).unwrap();
-        for at in 0..length {
-            sent[at] += f64::from(delta[at]);
-            arrived[at] += f64::from(decoded[at]);
-        }
-    }
-    let norm = |values: &[f64]| values.iter().map(|value| value * value).sum::<f64>().sqrt();
-    let lost: Vec<f64> = sent.iter().zip(&arrived).map(|(sent, arrived)| sent - arrived).collect();
-    norm(&lost) / norm(&sent)
-}
-
-#[test]
-fn with_feedback_what_arrives_over_many_rounds_is_what_was_sent() {
-    for (encoding, rounds, with, with_decay, without) in
-        [(Encoding::TwoBit, 100, 0.03, 0.2, 0.25), (Encoding::TopK, 400, 0.15, 0.9, 0.9)]
-    {
-        let kept = drift(encoding, Some(1.0), rounds);
-        let decaying = drift(encoding, encoding.error_feedback_decay(), rounds);
-        let forgotten = drift(encoding, None, rounds);
-        println!("{encoding:?}: {kept} {decaying} {forgotten}");
-        assert!(kept < with, "{encoding:?}: {kept}");
-        assert!(decaying < with_decay && decaying < forgotten, "{encoding:?}: {decaying}");
-        assert!(forgotten > without, "{encoding:?}: {forgotten}");
-        // The error is bounded: in twice the rounds its share is half.
-        let longer = drift(encoding, Some(1.0), 2 * rounds);
-        assert!(longer < 0.6 * kept, "{encoding:?}: {longer} after twice the rounds, {kept} before");
-    }
-}
-
-#[test]
-fn feedback_follows_its_formula_to_the_bit() {
-    let mut random = ChaCha8Rng::seed_from_u64(6);
-    let delta: Vec<f32> = (0..10_001).map(|_| gaussian(&mut random)).collect();
-    let before: Vec<f32> = (0..10_001).map(|_| gaussian(&mut random)).collect();
-    for encoding in Encoding::ALL {
-        let codec = encoding.codec();
-        let (mut error, mut payload) = (before.clone(), vec![0; codec.encoded_bytes(delta.len())]);
-        encode_with_feedback(codec, 0.95, &delta, &mut error, &mut payload).unwrap();
-        let x: Vec<f32> = delta.iter().zip(&before).map(|(delta, error)| delta + 0.95 * error).collect();
-        assert_eq!(payload, encoding.encode(&x), "{encoding:?}");
-        let expected: Vec<f32> =
-            x.iter().zip(round_trip(encoding, &x)).map(|(x, decoded)| x - decoded).collect();
-        assert_eq!(error, expected, "{encoding:?}");
-    }
-}
-
-#[test]
-fn feedback_tells_the_sender_where_a_value_is_not_finite() {
-    let mut delta = vec![1.0; 9000];
-    delta[8500] = f32::INFINITY;
-    for encoding in Encoding::ALL {
-        let codec = encoding.codec();
-        let (mut error, mut payload) = (vec![0.0; 9000], vec![0; codec.encoded_bytes(9000)]);
-        let refused = encode_with_feedback(codec, 0.9, &delta, &mut error, &mut payload).unwrap_err();
-        let expected = 8500 / codec.block_parameters() * codec.block_parameters();
-        assert!(
-            matches!(refused, DecodeError::NotFinite { position, .. } | DecodeError::Scale { position, .. } if position == expected),
-            "{encoding:?}: {refused}"
-        );
     }
 }
 
