@@ -120,8 +120,8 @@ fn table(arguments: &Arguments) -> anyhow::Result<()> {
     let optimizer = if arguments.momentum { "Nesterov" } else { "FedAvg" };
     println!("{optimizer}, model sent as {}, best of {}\n", arguments.model, arguments.repeat);
     println!(
-        "{:>12} {:>8} {:>5} {:>8} {:>8} {:>8} {:>7} {:>7} {:>9}",
-        "parameters", "encoding", "K", "fold s", "finish s", "GB/s", "% copy", "% read", "peak MB"
+        "{:>12} {:>8} {:>5} {:>8} {:>8} {:>8} {:>8} {:>7} {:>7} {:>9}",
+        "parameters", "encoding", "K", "read s", "fold s", "finish s", "GB/s", "% copy", "% read", "peak MB"
     );
     let mut linked = false;
     for parameters in &arguments.parameters {
@@ -134,12 +134,12 @@ fn table(arguments: &Arguments) -> anyhow::Result<()> {
             }
             for sites in &arguments.sites {
                 let row = Row { sites: *sites, ..row.clone() };
-                let Figures { fold_seconds, finish_seconds, peak_bytes } = row.spawn()?;
+                let Figures { read_seconds, fold_seconds, finish_seconds, peak_bytes } = row.spawn()?;
                 let rate = row.bytes() as f64 / fold_seconds;
                 let mark = if *sites > DELTAS_MAX { "*" } else { "" };
                 linked |= *sites > DELTAS_MAX;
                 println!(
-                    "{parameters:>12} {:>8} {:>5} {fold_seconds:>8.3} {finish_seconds:>8.2} {:>8.1} {:>7.0} {:>7.0} {:>9.0}",
+                    "{parameters:>12} {:>8} {:>5} {read_seconds:>8.3} {fold_seconds:>8.3} {finish_seconds:>8.2} {:>8.1} {:>7.0} {:>7.0} {:>9.0}",
                     encoding.name(),
                     format!("{sites}{mark}"),
                     rate / 1e9,
@@ -155,7 +155,8 @@ fn table(arguments: &Arguments) -> anyhow::Result<()> {
             "\n* {DELTAS_MAX} deltas on disk, linked under several sites each: they share the page cache"
         );
     }
-    println!("\nfinish: hashing the whole new version while it is synced to the disk, and renaming it");
+    println!("\nread: reading and verifying the deltas' chunks, and nothing else");
+    println!("finish: hashing the whole new version while it is synced to the disk, and renaming it");
     println!(
         "skipped by default: 1000000000 parameters, which take 24 GB of disk and of page cache with 2 sites"
     );
@@ -165,6 +166,7 @@ fn table(arguments: &Arguments) -> anyhow::Result<()> {
 
 /// What a row measured.
 struct Figures {
+    read_seconds: f64,
     fold_seconds: f64,
     finish_seconds: f64,
     peak_bytes: u64,
@@ -283,13 +285,14 @@ impl Row {
         let mut numbers = text.split_whitespace();
         let mut next = || numbers.next().context("a row printed too little");
         Ok(Figures {
+            read_seconds: next()?.parse()?,
             fold_seconds: next()?.parse()?,
             finish_seconds: next()?.parse()?,
             peak_bytes: next()?.parse()?,
         })
     }
 
-    /// In its own process: folds, and prints the seconds of folding and finishing, and the peak memory.
+    /// In its own process: folds, and prints the seconds of reading, folding and finishing, and the peak memory.
     fn run(&self) -> anyhow::Result<()> {
         let spool = self.spool();
         let deltas: Vec<_> = (0..self.sites)
@@ -305,6 +308,21 @@ impl Row {
                 anyhow::Ok(WeightedContribution { key, weight: share.weight, encoding, delta_digest })
             })
             .collect::<Result<_, _>>()?;
+        let read = || -> anyhow::Result<()> {
+            (0..self.layout().plan.chunks()).into_par_iter().try_for_each_init(
+                Vec::new,
+                |payload, index| {
+                    shares.iter().try_for_each(|share| share.delta.read(index, payload).map(|_| ()))
+                },
+            )?;
+            Ok(())
+        };
+        let mut read_seconds = f64::INFINITY;
+        for _ in 0..self.repeat {
+            let begun = Instant::now();
+            read()?;
+            read_seconds = read_seconds.min(begun.elapsed().as_secs_f64());
+        }
         let models = self.models();
         let mut fold_seconds = f64::INFINITY;
         let mut finish_seconds = 0.0;
@@ -320,7 +338,7 @@ impl Row {
                 finish_seconds = begun.elapsed().as_secs_f64();
             }
         }
-        println!("{fold_seconds} {finish_seconds} {}", peak_bytes()?);
+        println!("{read_seconds} {fold_seconds} {finish_seconds} {}", peak_bytes()?);
         Ok(())
     }
 }

@@ -70,10 +70,18 @@ struct Begun {
     fold: RoundFold,
 }
 
-/// The right to write a run's next version, with what is folded of it already.
+/// The right to write a run's next version, with what is folded of it already. To be kept for as long as the
+/// round is reduced.
 pub(super) struct Claim {
     early: Option<RoundFold>,
+    run: Arc<EarlyRun>,
     _slot: OwnedMutexGuard<Option<Begun>>,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        lock(&self.run.arrivals).claimed = false;
+    }
 }
 
 impl Claim {
@@ -93,8 +101,13 @@ struct Arrivals {
     generation: u64,
     /// Whether a fold was begun in this generation.
     begun: bool,
+    /// Whether one of an earlier generation may still be there.
+    stale: bool,
     /// Chunks to fold: all expected sites have delivered them.
     ready: VecDeque<u32>,
+    /// Whether the round is being reduced: nothing is done meanwhile, and nothing heard. What comes of the
+    /// reduction changes what is expected.
+    claimed: bool,
     /// Whether a task looks after the run.
     tended: bool,
 }
@@ -109,6 +122,8 @@ struct Arrived {
 /// What the task does next.
 #[derive(Debug)]
 enum Step {
+    /// Throw away what is worth nothing any more.
+    Discard,
     Begin(ExpectedRound, Vec<Share>),
     Fold(u32),
     Wait,
@@ -134,7 +149,7 @@ impl EarlyFolds {
         }
         let run = self.run(run);
         let mut arrivals = lock(&run.arrivals);
-        if arrivals.expected != expected {
+        if arrivals.expected != expected && !arrivals.claimed {
             let round = |expected: &Option<ExpectedRound>| expected.as_ref().map(|expected| expected.round);
             if round(&arrivals.expected) != round(&expected) {
                 arrivals.deltas.clear();
@@ -169,14 +184,12 @@ impl EarlyFolds {
         let run = self.run(run);
         {
             let mut arrivals = lock(&run.arrivals);
+            arrivals.claimed = true;
             arrivals.expected = None;
             arrivals.deltas.clear();
-            arrivals.ready.clear();
         }
-        run.changed.notify_one();
         let mut slot = run.slot.clone().lock_owned().await;
         let begun = slot.take();
-        // A step that was decided on before does not find its generation any more.
         let generation = {
             let mut arrivals = lock(&run.arrivals);
             let generation = arrivals.generation;
@@ -184,7 +197,7 @@ impl EarlyFolds {
             generation
         };
         let early = begun.filter(|begun| begun.generation == generation).map(|begun| begun.fold);
-        Claim { early, _slot: slot }
+        Claim { early, run, _slot: slot }
     }
 
     fn run(&self, name: &RunName) -> Arc<EarlyRun> {
@@ -204,6 +217,7 @@ impl Arrivals {
     /// What was folded is worth nothing any more.
     fn start_over(&mut self) {
         self.generation += 1;
+        self.stale |= self.begun;
         self.begun = false;
         self.ready.clear();
     }
@@ -240,6 +254,12 @@ impl Arrivals {
     }
 
     fn step(&mut self) -> Step {
+        if self.claimed {
+            return Step::Wait;
+        }
+        if std::mem::take(&mut self.stale) {
+            return Step::Discard;
+        }
         let Some(expected) = &self.expected else {
             self.tended = false;
             return Step::End;
@@ -268,33 +288,43 @@ async fn tend(run: Arc<EarlyRun>, models: ModelFiles, reserve_bytes: u64) {
             let mut arrivals = lock(&run.arrivals);
             (arrivals.step(), arrivals.generation)
         };
-        let ends = matches!(step, Step::End);
-        if matches!(step, Step::Wait) {
-            run.changed.notified().await;
-            continue;
+        match step {
+            Step::End => return,
+            Step::Wait => {
+                run.changed.notified().await;
+                continue;
+            }
+            Step::Discard | Step::Begin(..) | Step::Fold(_) => {}
         }
         let mut slot = run.slot.clone().lock_owned().await;
-        let (name, current) = (run.name.clone(), lock(&run.arrivals).generation);
+        let (current, claimed) = {
+            let arrivals = lock(&run.arrivals);
+            (arrivals.generation, arrivals.claimed)
+        };
+        if claimed {
+            continue;
+        }
+        let name = run.name.clone();
         let models = models.clone();
         let done = spawn_blocking(move || {
             // Removing what is worth nothing takes a while too.
             let begun = slot.take().filter(|begun| begun.generation == current);
             let result = match step {
+                // Decided on before something changed.
                 _ if generation != current => Ok(begun),
                 Step::Begin(expected, shares) => {
-                    drop(begun);
-                    begin(&models, &name, expected, shares, reserve_bytes)
-                        .map(|fold| fold.map(|fold| Begun { generation, fold }))
+                    let fold = begin(&models, &name, expected, shares, reserve_bytes);
+                    fold.map(|fold| fold.map(|fold| Begun { generation, fold }))
                 }
                 Step::Fold(index) => fold(begun, index),
-                Step::Wait | Step::End => Ok(begun),
+                Step::Discard | Step::Wait | Step::End => Ok(begun),
             };
             match result {
                 Ok(begun) => *slot = begun,
                 Err(error) => tracing::info!(run = %name, %error, "the round is not folded early"),
             }
         });
-        if done.await.is_err() || ends {
+        if done.await.is_err() {
             return;
         }
     }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use consort_common::{
     chunk::ChunkPlan,
+    codec::Encoding,
     ids::{Digest, RunName},
     spec::{RunSpec, SpecError},
 };
@@ -74,11 +75,29 @@ pub struct ModelReader {
 }
 
 impl ModelReader {
-    /// The parameters of chunk `index` (fp32 little-endian) and their digest, verified after reading.
+    /// The encoding of [`ModelReader::chunk`].
+    pub fn encoding(&self) -> Encoding {
+        self.files.encoding()
+    }
+
+    /// The encoding of [`ModelReader::update_chunk`], if the version is an update of the one before.
+    pub fn update_encoding(&self) -> Option<Encoding> {
+        self.files.update_encoding()
+    }
+
+    /// The parameters of chunk `index` as they are sent, and the digest of these bytes, verified after reading.
     ///
     /// # Errors
     /// If the disk cannot be read or returned something else than was written.
     pub fn chunk(&self, index: u32) -> Result<(Vec<u8>, Digest), ModelError> {
         self.files.chunk(index)
+    }
+
+    /// Chunk `index` of what changed since the version before: its decoded values are added in f32.
+    ///
+    /// # Errors
+    /// If there is no update, or as [`ModelReader::chunk`].
+    pub fn update_chunk(&self, index: u32) -> Result<(Vec<u8>, Digest), ModelError> {
+        self.files.update_chunk(index)
     }
 }

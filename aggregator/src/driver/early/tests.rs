@@ -198,6 +198,11 @@ async fn nothing_is_folded_while_the_round_is_being_reduced() {
     tokio::task::yield_now().await;
     assert_eq!(world.model_directories(), ["0"]);
     drop(claim);
+    // The reduction failed; the engine expects the round again.
+    world.early.expect(&run(), expected(&["north", "south"]));
+    world.store("north", 1, &[0, 1, 2]);
+    world.store("south", 2, &[0, 1, 2]);
+    world.folded(Some(3)).await;
 }
 
 #[tokio::test]
