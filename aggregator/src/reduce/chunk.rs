@@ -1,12 +1,14 @@
 //! One chunk of a reduction.
 //!
-//! Payloads are read in groups, each whole and verified, and what is read stays in the cache until it is used:
-//! then the chunk is worked on tile by tile, every delta of the group being decoded and added to the tile's
-//! sums before the next tile. With the last group a tile goes on through the outer step and the rounding.
+//! Each delta's payload is read whole and verified, into a vector that stays in the cache, and added to the
+//! chunk's sums; decoding goes tile by tile, so that decoded values do not leave a core's first cache. Then
+//! each tile of the sums goes through the outer step and the rounding, and the chunk is written.
 //!
-//! Sketch, for K deltas in fp32 and a chunk of 2^18 values: K MiB come from memory through the copy of a read
-//! system call, which does 10 to 20 GB/s per core; the checksum reads them from the cache at 50 GB/s; decoding
-//! and adding is 3 instructions for 8 or 16 values. The new version is hashed at 5 GB/s and written.
+//! Sketch, for a chunk of 2^18 values in fp32: a MiB per delta comes from memory through the copy of a read
+//! system call, at 12 to 19 GB/s per core; the checksum reads it from the cache at 50 GB/s, adding it at 25.
+//! Once per chunk come reading the base, hashing the new version at 6 GB/s and copying it into the page cache
+//! at 4. Reading several payloads before they are added together, with fewer passes over the sums, was no
+//! faster.
 
 use consort_common::{codec::Encoding, ids::Digest, spec::OuterOptimizer};
 
@@ -17,12 +19,9 @@ use super::{
 };
 use crate::models::{ChunkRecord, ModelError, ModelVersion, NewChunk, NewVersion};
 
-/// Values of a tile where all encodings allow it: its sums, decoded values and payload, 16 KiB, stay in a
-/// core's first cache.
+/// Values of a tile where all encodings allow it: its sums, decoded values and payload, 16 KiB, fit a core's
+/// first cache.
 const TILE_PARAMETERS_MIN: usize = 1024;
-/// Payloads are read until they have this together.
-const GROUP_BYTES: usize = 4 << 20;
-
 /// What a round's reduction works on.
 #[derive(Debug)]
 pub(super) struct Inputs {
@@ -41,8 +40,8 @@ pub(super) struct Inputs {
 /// One core's vectors, kept from chunk to chunk. Those without a word have the chunk's length, or none.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
-    /// Of a group of deltas.
-    payloads: Vec<Vec<u8>>,
+    /// Of one delta.
+    payload: Vec<u8>,
     sums: Vec<f64>,
     base: Vec<f32>,
     momentum: Vec<f32>,
@@ -96,7 +95,8 @@ impl Inputs {
         let vectors = 4 + usize::from(layout.momentum) + usize::from(layout.has_residual());
         let chunk = self.base.plan().chunk_parameters() as usize;
         let sent = self.rounding.encoding().map_or(0, |encoding| encoding.codec().encoded_bytes(chunk));
-        vectors * size_of::<f32>() * chunk + sent + GROUP_BYTES + size_of::<f32>() * chunk
+        let payloads = self.shares.iter().map(|share| share.encoding().codec().encoded_bytes(chunk));
+        vectors * size_of::<f32>() * chunk + sent + payloads.max().unwrap_or_default()
     }
 
     /// Reads, averages, steps, rounds and writes chunk `index`.
@@ -116,21 +116,13 @@ impl Inputs {
             self.base.read_residual(index, &mut scratch.residual)?;
         }
 
-        let (mut digests, mut squares) = (Vec::with_capacity(self.shares.len()), Squares::default());
-        while digests.len() < self.shares.len() {
-            let done = digests.len();
-            self.read_group(index, length, &mut scratch.payloads, &mut digests)?;
-            let group = &self.shares[done..digests.len()];
-            for begin in (0..length).step_by(self.tile_parameters) {
-                let end = (begin + self.tile_parameters).min(length);
-                if done == 0 {
-                    scratch.sums[begin..end].fill(0.0);
-                }
-                self.accumulate(index, group, scratch, begin, end)?;
-                if digests.len() == self.shares.len() {
-                    self.step(scratch, begin, end, &mut squares).map_err(|at| self.not_finite(index, at))?;
-                }
-            }
+        scratch.sums.fill(0.0);
+        let digests = self.shares.iter().map(|share| self.accumulate(index, share, scratch));
+        let digests = digests.collect::<Result<_, _>>()?;
+        let mut squares = Squares::default();
+        for begin in (0..length).step_by(self.tile_parameters) {
+            let end = (begin + self.tile_parameters).min(length);
+            self.step(scratch, begin, end, &mut squares).map_err(|at| self.not_finite(index, at))?;
         }
 
         let update_square = squares.update.iter().sum::<f64>();
@@ -142,69 +134,36 @@ impl Inputs {
         let chunk = scratch.new_chunk(self.base.layout().update_of(new.version()).is_some());
         Ok(FoldedChunk {
             record: new.write(index, chunk)?,
-            digests: digests.into(),
+            digests,
             delta_square: squares.delta.iter().sum(),
             update_square,
         })
     }
 
-    /// Reads the payloads that come next, and adds their digests.
-    fn read_group(
-        &self,
-        index: u32,
-        length: usize,
-        payloads: &mut Vec<Vec<u8>>,
-        digests: &mut Vec<Digest>,
-    ) -> Result<(), ReduceError> {
-        let (mut bytes, mut place) = (0, 0);
-        while let Some(share) = self.shares.get(digests.len()) {
-            bytes += share.encoding().codec().encoded_bytes(length);
-            if place > 0 && bytes > GROUP_BYTES {
-                break;
-            }
-            if payloads.len() == place {
-                payloads.push(Vec::new());
-            }
-            let delta = &share.delta;
-            let digest = delta.read(index, &mut payloads[place]);
-            digests.push(digest.map_err(|error| damaged(delta.key(), index, error))?);
-            place += 1;
-        }
-        Ok(())
-    }
-
-    /// Adds the tile of each delta of the group to its sums.
-    fn accumulate(
-        &self,
-        index: u32,
-        group: &[Share],
-        scratch: &mut Scratch,
-        begin: usize,
-        end: usize,
-    ) -> Result<(), ReduceError> {
-        let Scratch { payloads, sums, decoded, .. } = scratch;
-        let decoded = &mut decoded[..end - begin];
-        let sums = &mut sums[begin..end];
-        for (share, payload) in group.iter().zip(payloads) {
-            let codec = share.encoding().codec();
-            // Tiles begin at multiples of every encoding's block.
-            let begin_bytes = codec.encoded_bytes(begin);
-            let tile = &payload[begin_bytes..begin_bytes + codec.encoded_bytes(end - begin)];
-            let weight = share.weight / self.total_weight;
-            // The encodings that are memory's to bound are added without a decoded copy.
+    /// Reads a delta's chunk and adds it to the sums; gives the digest of what was added.
+    fn accumulate(&self, index: u32, share: &Share, scratch: &mut Scratch) -> Result<Digest, ReduceError> {
+        let Scratch { payload, sums, decoded, .. } = scratch;
+        let key = share.delta.key();
+        let digest = share.delta.read(index, payload).map_err(|error| damaged(key, index, error))?;
+        let weight = share.weight / self.total_weight;
+        let codec = share.encoding().codec();
+        // Tiles begin at multiples of the encoding's block.
+        let tiles = payload.chunks(codec.encoded_bytes(self.tile_parameters));
+        for (at, (tile, sums)) in tiles.zip(sums.chunks_mut(self.tile_parameters)).enumerate() {
+            // The encodings that take most to read are added without a decoded copy.
             let largest = match share.encoding() {
                 Encoding::Fp32 => kernel::accumulate_fp32(sums, weight, tile),
                 Encoding::Bf16 => kernel::accumulate_bf16(sums, weight, tile),
                 _ => kernel::INFINITY,
             };
             if largest >= kernel::INFINITY {
-                codec
-                    .decode(tile, decoded)
-                    .map_err(|error| damaged(share.delta.key(), index, error.after(begin)))?;
+                let decoded = &mut decoded[..sums.len()];
+                let result = codec.decode(tile, decoded);
+                result.map_err(|error| damaged(key, index, error.after(at * self.tile_parameters)))?;
                 kernel::accumulate(sums, weight, decoded);
             }
         }
-        Ok(())
+        Ok(digest)
     }
 
     /// Takes a tile from its sums to what the sites will hold; the error is the position of a value in the

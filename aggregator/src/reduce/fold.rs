@@ -1,9 +1,9 @@
 //! One round's reduction, chunk by chunk: chunks may be folded in any order, while others are still to come.
 //!
-//! Memory: a core that folds holds one chunk's worth of each vector it works on and a group of payloads
-//! (about 11 MiB with the default chunk), kept from chunk to chunk; all cores together stay under
-//! [`SCRATCH_BYTES_MAX`], which many cores do not exceed the memory's bandwidth without. A record is kept of
-//! each chunk: 160 bytes, and 32 for each contribution; with the default chunk of 1 MiB, a thirty-thousandth
+//! Memory: a core that folds holds one chunk's worth of each vector it works on and a payload (5 to 7 MiB with
+//! the default chunk), kept from chunk to chunk; all cores together stay under
+//! [`SCRATCH_BYTES_MAX`]: cores that this leaves idle would wait for memory anyway. A record is kept of each
+//! chunk: some 200 bytes, and 32 for each contribution; with the default chunk of 1 MiB, a thirty-thousandth
 //! of the deltas.
 
 use std::sync::{
