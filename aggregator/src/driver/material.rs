@@ -69,35 +69,37 @@ impl RunMaterial {
 pub struct ModelReader {
     /// Its run.
     pub material: Arc<RunMaterial>,
-    /// BLAKE3 over its flat vector.
-    pub digest: Digest,
     pub(super) files: ModelVersion,
+    /// Whether what makes it of the version before is sent instead of the whole.
+    pub(super) update: bool,
 }
 
 impl ModelReader {
-    /// The encoding of [`ModelReader::chunk`].
+    /// The version.
+    pub fn version(&self) -> u32 {
+        self.files.version()
+    }
+
+    /// BLAKE3 over its flat vector.
+    pub fn digest(&self) -> Digest {
+        self.files.digest()
+    }
+
+    /// The version that the chunks are to be added to; none if they are the parameters.
+    pub fn base_version(&self) -> Option<u32> {
+        self.update.then(|| self.version().saturating_sub(1))
+    }
+
+    /// How the chunks are encoded.
     pub fn encoding(&self) -> Encoding {
-        self.files.encoding()
+        self.files.update_encoding().filter(|_| self.update).unwrap_or(self.files.encoding())
     }
 
-    /// The encoding of [`ModelReader::update_chunk`], if the version is an update of the one before.
-    pub fn update_encoding(&self) -> Option<Encoding> {
-        self.files.update_encoding()
-    }
-
-    /// The parameters of chunk `index` as they are sent, and the digest of these bytes, verified after reading.
+    /// The payload of chunk `index` and its digest, verified after reading.
     ///
     /// # Errors
     /// If the disk cannot be read or returned something else than was written.
     pub fn chunk(&self, index: u32) -> Result<(Vec<u8>, Digest), ModelError> {
-        self.files.chunk(index)
-    }
-
-    /// Chunk `index` of what changed since the version before: its decoded values are added in f32.
-    ///
-    /// # Errors
-    /// If there is no update, or as [`ModelReader::chunk`].
-    pub fn update_chunk(&self, index: u32) -> Result<(Vec<u8>, Digest), ModelError> {
-        self.files.update_chunk(index)
+        if self.update { self.files.update_chunk(index) } else { self.files.chunk(index) }
     }
 }

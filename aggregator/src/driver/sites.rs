@@ -203,7 +203,7 @@ impl Driver {
         Ok(())
     }
 
-    /// A committed version of a run's model.
+    /// A committed version of a run's model, or what makes it of the version that the site holds.
     ///
     /// # Errors
     /// If the session is not the site's, or there is no such version.
@@ -213,6 +213,7 @@ impl Driver {
         session: &[u8],
         run: &RunName,
         version: u32,
+        held: Option<u32>,
     ) -> Result<ModelReader, DriverError> {
         let material = self.material_for(site, session, run).await?;
         let newest = self.core.lock().await.run(run)?.run.state().version;
@@ -223,7 +224,8 @@ impl Driver {
             ModelError::Missing { .. } => DriverError::NoSuchVersion { run: run.clone(), version, newest },
             other => other.into(),
         })?;
-        Ok(ModelReader { material, digest: files.digest(), files })
+        let update = version > 0 && held == Some(version - 1) && files.update_encoding().is_some();
+        Ok(ModelReader { material, files, update })
     }
 
     /// The right to upload; none if the site's delta for the round was accepted before.
