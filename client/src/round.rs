@@ -277,7 +277,12 @@ impl Round<'_> {
 ///
 /// Memory: the local model's vector becomes the delta and then what its encoding dropped, in place; besides
 /// there are the moments.
-fn keep(material: &Material, task: &TrainTask, base: &Path, trained: Trained) -> Result<Delta, WorkError> {
+pub(crate) fn keep(
+    material: &Material,
+    task: &TrainTask,
+    base: &Path,
+    trained: Trained,
+) -> Result<Delta, WorkError> {
     let directory = &material.directory;
     let mut values = trained.parameters;
     let base = ModelFile::open(base)?;

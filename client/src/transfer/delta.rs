@@ -7,7 +7,7 @@ use bytes::Bytes;
 use consort_common::{
     atomic_file::{write_atomically, write_atomically_with},
     chunk::{ChunkPlan, NoSuchChunk},
-    codec::{DecodeError, DeltaCodec, Encoding},
+    codec::{DecodeError, Encoding, encode_with_feedback},
     ids::Digest,
 };
 use consort_proto::v1::DeltaChunk;
@@ -81,18 +81,8 @@ impl Delta {
         encoding: Encoding,
         values: &mut [f32],
     ) -> Result<Digest, TransferError> {
-        Self::write_with(directory, round, plan, (encoding, encoding.error_feedback_decay()), values)
-    }
-
-    pub(super) fn write_with(
-        directory: &RunDirectory,
-        round: u32,
-        plan: ChunkPlan,
-        (encoding, decay): (Encoding, Option<f32>),
-        values: &mut [f32],
-    ) -> Result<Digest, TransferError> {
         let path = directory.delta(round);
-        let Some(decay) = decay else {
+        let Some(decay) = encoding.error_feedback_decay() else {
             return write_chunks(&path, plan, encoding, values, |_, values, payload| {
                 encoding.codec().encode(values, payload);
                 Ok(())
@@ -225,29 +215,109 @@ fn write_chunks(
     }
 }
 
-/// `payload` = encode(x) for x = `delta` + `decay` * `error`, all in f32; then `error` = x - decode(`payload`).
-fn encode_with_feedback(
-    codec: &dyn DeltaCodec,
-    decay: f32,
-    delta: &[f32],
-    error: &mut [f32],
-    payload: &mut [u8],
-) -> Result<(), DecodeError> {
-    for (error, delta) in error.iter_mut().zip(delta) {
-        *error = delta + decay * *error;
-    }
-    codec.encode(error, payload);
-    let mut decoded = vec![0.0; error.len()];
-    codec.decode(payload, &mut decoded)?;
-    for (error, decoded) in error.iter_mut().zip(decoded) {
-        *error -= decoded;
-    }
-    Ok(())
-}
-
 /// A name for a new delta.
 pub fn draw_delta_id() -> [u8; 16] {
     let mut id = [0; 16];
     rand::rng().fill_bytes(&mut id);
     id
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::StateDirectory;
+
+    const PARAMETERS: usize = 20_000;
+
+    fn plan() -> ChunkPlan {
+        ChunkPlan::new(PARAMETERS as u64, 1_024)
+    }
+
+    fn values(seed: f32) -> Vec<f32> {
+        (0..PARAMETERS).map(|index| (index as f32 * seed).sin() * 0.01).collect()
+    }
+
+    fn open(folder: &Path) -> RunDirectory {
+        StateDirectory::open(folder).unwrap().run(&"r".parse().unwrap()).unwrap()
+    }
+
+    /// Encodes a round as a daemon does that was just started, and keeps the site's state after it; what is
+    /// then on disk, the error included.
+    fn round(folder: &Path, round: u32, encoding: Encoding) -> (Vec<u8>, Option<Vec<u8>>) {
+        let directory = open(folder);
+        directory.begin_round(round).unwrap();
+        let mut values = values(round as f32);
+        let digest = Delta::write(&directory, round, plan(), encoding, &mut values).unwrap();
+        std::fs::write(directory.site_state(round), []).unwrap();
+        let encoded = std::fs::read(directory.delta(round)).unwrap();
+        assert_eq!(Digest::of(&encoded), digest);
+        assert_eq!(encoded.len() as u64, encoded_bytes(plan(), encoding));
+        (encoded, std::fs::read(directory.encoding_error(round)).ok())
+    }
+
+    #[test]
+    fn every_chunk_lies_where_its_index_says() {
+        for encoding in Encoding::ALL {
+            let folder = tempfile::tempdir().unwrap();
+            let (encoded, error) = round(folder.path(), 1, encoding);
+            assert_eq!(error.is_some(), encoding.error_feedback_decay().is_some());
+            let values = values(1.0);
+            let expected: Vec<u8> = values.chunks(1_024).flat_map(|chunk| encoding.encode(chunk)).collect();
+            assert_eq!(encoded, expected, "{}", encoding.name());
+        }
+    }
+
+    #[test]
+    fn what_was_dropped_is_added_in_the_next_round_even_by_a_daemon_that_was_restarted() {
+        for encoding in Encoding::ALL {
+            let Some(decay) = encoding.error_feedback_decay() else { continue };
+            let folder = tempfile::tempdir().unwrap();
+            let mut error = vec![0.0; PARAMETERS];
+            for number in 1..4 {
+                let mut expected = Vec::new();
+                let values = values(number as f32);
+                for (error, values) in error.chunks_mut(1_024).zip(values.chunks(1_024)) {
+                    let sum: Vec<f32> = values.iter().zip(&*error).map(|(v, e)| v + decay * e).collect();
+                    let payload = encoding.encode(&sum);
+                    encoding.codec().decode(&payload, error).unwrap();
+                    error.iter_mut().zip(sum).for_each(|(error, sum)| *error = sum - *error);
+                    expected.extend(payload);
+                }
+                let (encoded, kept) = round(folder.path(), number, encoding);
+                assert_eq!(encoded, expected, "{} in round {number}", encoding.name());
+                assert_eq!(kept.unwrap()[..PARAMETERS * 4], *bytemuck::cast_slice::<f32, u8>(&error));
+            }
+        }
+    }
+
+    #[test]
+    fn a_round_that_is_computed_twice_gives_the_same_delta_and_error() {
+        let folder = tempfile::tempdir().unwrap();
+        round(folder.path(), 1, Encoding::TwoBit);
+        let second = round(folder.path(), 2, Encoding::TwoBit);
+        assert_eq!(round(folder.path(), 2, Encoding::TwoBit), second);
+        let alone = tempfile::tempdir().unwrap();
+        assert_ne!(round(alone.path(), 2, Encoding::TwoBit), second, "the first round counts");
+    }
+
+    #[test]
+    fn an_error_of_another_encoding_is_not_carried_over() {
+        let folder = tempfile::tempdir().unwrap();
+        round(folder.path(), 1, Encoding::TwoBit);
+        let alone = tempfile::tempdir().unwrap();
+        let expected = round(alone.path(), 2, Encoding::TopK);
+        assert_eq!(round(folder.path(), 2, Encoding::TopK), expected);
+        assert!(round(folder.path(), 3, Encoding::Int8).1.is_none());
+    }
+
+    #[test]
+    fn what_the_aggregator_would_refuse_is_not_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let directory = open(folder.path());
+        let mut values = values(1.0);
+        values[17_000] = f32::INFINITY;
+        let result = Delta::write(&directory, 1, plan(), Encoding::TwoBit, &mut values);
+        assert!(matches!(result, Err(TransferError::Encode(_))), "{result:?}");
+        assert!(!directory.delta(1).exists() && !directory.encoding_error(1).exists());
+    }
 }
