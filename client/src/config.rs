@@ -39,6 +39,11 @@ const REQUIRED: [(&str, &str); 2] = [
 const CHECKPOINT_SECONDS: std::ops::RangeInclusive<u64> = 1..=3600;
 /// Most CPU threads that can be asked for.
 const THREADS_MAX: u32 = 1024;
+/// Connections that a transfer can share: as many as the protocol lets it have.
+const CONNECTIONS: std::ops::RangeInclusive<u32> = 1..=16;
+/// Least bytes per second for each connection, where there is a limit: a chunk of 4 MiB then passes within
+/// 64 s, before either side takes the other's silence for a broken connection.
+const CONNECTION_BYTES_PER_SECOND_MIN: u64 = 64 << 10;
 
 /// A site's configuration.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -56,6 +61,8 @@ pub struct Config {
     pub device: Device,
     /// Local training, as far as it is the site's business.
     pub training: Training,
+    /// What moving models may take of the site's network.
+    pub transfer: Transfer,
     /// What is logged, to standard error.
     pub log: Log,
 }
@@ -84,6 +91,18 @@ pub struct Device {
 pub struct Training {
     /// Seconds between two local checkpoints.
     pub checkpoint_seconds: u64,
+}
+
+/// What moving models may take of the site's network.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Transfer {
+    /// Connections that a transfer shares.
+    pub connections: u32,
+    /// Limit on sending deltas; 0: none.
+    pub upload_bytes_per_second: u64,
+    /// Limit on receiving models; 0: none.
+    pub download_bytes_per_second: u64,
 }
 
 /// What is logged, to standard error.
@@ -208,7 +227,30 @@ fn check(config: &Config) -> Vec<String> {
     if config.device.threads > THREADS_MAX {
         problems.push(format!("device.threads: is {}; allowed: 0 to {THREADS_MAX}", config.device.threads));
     }
+    check_transfer(&config.transfer, &mut problems);
     problems
+}
+
+fn check_transfer(transfer: &Transfer, problems: &mut Vec<String>) {
+    let connections = transfer.connections;
+    if !CONNECTIONS.contains(&connections) {
+        problems.push(format!(
+            "transfer.connections: is {connections}; allowed: {} to {}",
+            CONNECTIONS.start(),
+            CONNECTIONS.end()
+        ));
+    }
+    let least = CONNECTION_BYTES_PER_SECOND_MIN * u64::from(connections);
+    for (key, limit) in [
+        ("upload_bytes_per_second", transfer.upload_bytes_per_second),
+        ("download_bytes_per_second", transfer.download_bytes_per_second),
+    ] {
+        if (1..least).contains(&limit) {
+            problems.push(format!(
+                "transfer.{key}: is {limit}; allowed: 0 for no limit, or at least {least} ({CONNECTION_BYTES_PER_SECOND_MIN} for each of transfer.connections)"
+            ));
+        }
+    }
 }
 
 #[cfg(test)]
@@ -265,6 +307,22 @@ mod tests {
             &["training.checkpoint_seconds: is 0"],
         );
         check_problems("endpoint = ", &[], &[""]);
+    }
+
+    #[test]
+    fn a_limit_that_would_look_like_a_broken_connection_is_refused() {
+        let with = |transfer: &str, expected: &[&str]| {
+            check_problems(&format!("{LEAST}[transfer]\n{transfer}"), &[], expected);
+        };
+        with("upload_bytes_per_second = 65536\ndownload_bytes_per_second = 0", &[]);
+        with("upload_bytes_per_second = 65535", &["transfer.upload_bytes_per_second: is 65535"]);
+        with(
+            "connections = 4\ndownload_bytes_per_second = 200000",
+            &["transfer.download_bytes_per_second: is 200000; allowed: 0 for no limit, or at least 262144"],
+        );
+        with("connections = 0", &["transfer.connections: is 0; allowed: 1 to 16"]);
+        with("connections = 17", &["transfer.connections: is 17"]);
+        with("upload_bytes_per_second = -1", &["transfer.upload_bytes_per_second: "]);
     }
 
     #[test]

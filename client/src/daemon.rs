@@ -5,7 +5,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use consort_common::{
     identity::Role,
     ids::{Digest, RunName, SiteName},
-    tls::{Credentials, CredentialsError, connect_channel},
+    tls::{Credentials, CredentialsError, connect_channel, connect_channel_lazy},
 };
 use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
@@ -21,6 +21,7 @@ use crate::{
     state::{StateDirectory, StateError},
     supervisor::supervise,
     trainer::{Device, DeviceError, Worker, WorkerError, describe},
+    transfer::Transfers,
     work::{Work, WorkError},
 };
 
@@ -48,6 +49,8 @@ pub enum DaemonError {
 pub struct Context {
     /// Calls to the aggregator.
     pub link: Link,
+    /// Moves models.
+    pub transfers: Transfers,
     /// Takes what work says of itself.
     pub reporter: Reporter,
     /// This site, as its certificate names it.
@@ -105,7 +108,10 @@ pub async fn run(config: &Config, stop: CancellationToken) -> Result<(), DaemonE
     let (link, keeper) = link();
     let (standings, standings_receiver) = watch::channel(None);
     let member = Member { instance_id: state.instance_id(), device: description };
+    let (endpoint, further) = (config.endpoint.clone(), credentials.clone());
+    let further = move || connect_channel_lazy(&endpoint, &further);
     let context = Arc::new(Context {
+        transfers: Transfers::new(link.clone(), &config.transfer, further),
         link: link.clone(),
         reporter: Reporter::default(),
         site: credentials.identity().name.clone(),

@@ -30,10 +30,7 @@ use crate::{
     prepare::{Material, material},
     state::{self, StateError},
     trainer::{Trainer, WorkerError, checkpoint},
-    transfer::{
-        Delta, DeltaDescription, UploadOutcome, download_model, draw_delta_id, encoded_bytes, is_too_late,
-        upload_delta,
-    },
+    transfer::{Delta, DeltaDescription, UploadOutcome, draw_delta_id, is_too_late},
     work::{EvaluateTask, TrainTask, WorkError},
 };
 
@@ -119,7 +116,8 @@ fn finished(material: &Material, task: &TrainTask) -> Option<Delta> {
     let same = description.spec_digest == task.run.spec_digest
         && description.base_digest == task.base_digest
         && description.first_step == task.first_step
-        && description.steps == task.steps;
+        && description.steps == task.steps
+        && description.encoding == task.delta_encoding;
     same.then_some(delta)
 }
 
@@ -158,13 +156,8 @@ impl Round<'_> {
         let activity =
             self.context.reporter.begin(self.run(), self.number, ClientActivity::Downloading, bytes);
         let model = (self.run(), base.version, base.digest);
-        let download = download_model(
-            &self.context.link,
-            &self.material.directory,
-            model,
-            self.material.plan,
-            &activity,
-        );
+        let Material { directory, plan, .. } = &**self.material;
+        let download = self.context.transfers.download_model(directory, model, *plan, &activity);
         Ok(self.cancel.run_until_cancelled(download).await.ok_or(WorkError::Cancelled)??)
     }
 
@@ -262,9 +255,9 @@ impl Round<'_> {
     /// Delivers the delta, for as long as that makes sense.
     async fn send(&self, delta: &Delta) -> Result<(), WorkError> {
         let round = delta.description.round;
-        let bytes = delta.description.encoded_bytes;
+        let bytes = delta.encoded_bytes();
         let activity = self.context.reporter.begin(self.run(), round, ClientActivity::Uploading, bytes);
-        let upload = upload_delta(&self.context.link, self.run(), delta, &activity);
+        let upload = self.context.transfers.upload_delta(self.run(), delta, &activity);
         match self.cancel.run_until_cancelled(upload).await.ok_or(WorkError::Cancelled)? {
             Ok(UploadOutcome::Accepted) => info!("round {round}: the delta was accepted"),
             Ok(UploadOutcome::Duplicate) => info!("round {round}: the delta had been accepted before"),
@@ -278,9 +271,18 @@ impl Round<'_> {
     }
 }
 
-/// Makes the round's result durable: values, then the site's state after the round, then the description
-/// that makes both count. What is interrupted in between is computed again, to the same bits.
-fn keep(material: &Material, task: &TrainTask, base: &Path, trained: Trained) -> Result<Delta, WorkError> {
+/// Makes the round's result durable: the encoded delta, then the site's state after the round (what the
+/// encoding dropped, if that is carried, and cursor and moments), then the description that makes all count.
+/// What is interrupted in between is computed again, to the same bits.
+///
+/// Memory: the local model's vector becomes the delta and then what its encoding dropped, in place; besides
+/// there are the moments.
+pub(crate) fn keep(
+    material: &Material,
+    task: &TrainTask,
+    base: &Path,
+    trained: Trained,
+) -> Result<Delta, WorkError> {
     let directory = &material.directory;
     let mut values = trained.parameters;
     let base = ModelFile::open(base)?;
@@ -289,9 +291,9 @@ fn keep(material: &Material, task: &TrainTask, base: &Path, trained: Trained) ->
     if !norm.is_finite() {
         return Err(WorkError::Diverged { round: task.round, norm });
     }
-    let digest = Delta::write_values(directory, task.round, &values)?;
-    checkpoint::save(&directory.site_state(task.round), &trained.progress, &[], &trained.moments)?;
     let encoding = task.delta_encoding;
+    let encoded_digest = Delta::write(directory, task.round, material.plan, encoding, &mut values)?;
+    checkpoint::save(&directory.site_state(task.round), &trained.progress, &[], &trained.moments)?;
     let description = DeltaDescription {
         round: task.round,
         spec_digest: task.run.spec_digest,
@@ -303,15 +305,13 @@ fn keep(material: &Material, task: &TrainTask, base: &Path, trained: Trained) ->
         train_loss: trained.train_loss,
         train_seconds: trained.progress.seconds,
         norm,
-        digest,
+        encoded_digest,
         encoding,
-        encoded_bytes: encoded_bytes(&values, material.plan, encoding),
         delta_id: draw_delta_id(),
     };
-    Delta::describe(directory, &description)?;
+    let delta = Delta::describe(directory, material.plan, description)?;
     state::remove(&directory.checkpoint())?;
-    finished(material, task)
-        .ok_or_else(|| WorkError::Internal(format!("the delta of round {} does not read back", task.round)))
+    Ok(delta)
 }
 
 /// L2 norm, summed in f64 in the order of the values: a number for people, not part of the result.

@@ -251,7 +251,7 @@ mod tests {
 
     /// Keeps a session with `fake` until instructions of `sessions` sessions have come.
     async fn until_sessions(fake: &Fake, sessions: u64) {
-        let channel = fake.serve().await;
+        let channel = fake.serve();
         let (_link, keeper) = link();
         let (standings, mut heard) = watch::channel(None);
         let connect = || std::future::ready(Ok(channel.clone()));

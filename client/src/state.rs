@@ -9,7 +9,8 @@
 //!            evaluation-<version>.json      its held-out loss
 //!            training.checkpoint            the round in progress
 //!            site-state-<round>             cursor and moments after the last step of the round
-//!            delta-<round>.f32, .json       the round's result; complete once the .json is there
+//!            encoding-error-<round>         what the delta encoding has dropped until then, if it is carried
+//!            delta-<round>.encoded, .json   the round's result; complete once the .json is there
 //! ```
 //!
 //! This module knows names and removes files; what is in them is their writers' business.
@@ -192,9 +193,15 @@ impl RunDirectory {
         self.path.join(format!("site-state-{round}"))
     }
 
-    /// The values of a round's delta.
+    /// What the delta encoding has dropped up to `round`, which the site carries to its next one; there only
+    /// beside a site state, and only for encodings that lose much.
+    pub fn encoding_error(&self, round: u32) -> PathBuf {
+        self.path.join(format!("encoding-error-{round}"))
+    }
+
+    /// The encoded chunks of a round's delta.
     pub fn delta(&self, round: u32) -> PathBuf {
-        self.path.join(format!("delta-{round}.f32"))
+        self.path.join(format!("delta-{round}.encoded"))
     }
 
     /// What is to be said of a round's delta; written last.
@@ -213,15 +220,17 @@ impl RunDirectory {
     /// round gives the same bits however often it is computed.
     pub fn begin_round(&self, round: u32) -> Result<(), StateError> {
         let kept = self.site_state_before(round)?;
-        for candidate in self.numbers("site-state-", "")? {
-            if Some(candidate) != kept {
-                remove(&self.site_state(candidate))?;
+        for prefix in ["site-state-", "encoding-error-"] {
+            for candidate in self.numbers(prefix, "")? {
+                if Some(candidate) != kept {
+                    remove(&self.path.join(format!("{prefix}{candidate}")))?;
+                }
             }
         }
         for candidate in self.numbers("delta-", ".json")? {
             remove(&self.delta_description(candidate))?;
         }
-        for candidate in self.numbers("delta-", ".f32")? {
+        for candidate in self.numbers("delta-", ".encoded")? {
             remove(&self.delta(candidate))?;
         }
         Ok(())
@@ -311,11 +320,12 @@ mod tests {
         let directory = run_directory(folder.path());
         for round in [2, 3] {
             fs::write(directory.site_state(round), []).unwrap();
+            fs::write(directory.encoding_error(round), []).unwrap();
         }
         fs::write(directory.delta(3), []).unwrap();
         assert_eq!(directory.site_state_before(3).unwrap(), Some(2));
         directory.begin_round(3).unwrap();
-        assert_eq!(names(&directory), ["site-state-2"]);
+        assert_eq!(names(&directory), ["encoding-error-2", "site-state-2"]);
         directory.begin_round(5).unwrap();
         assert_eq!(directory.site_state_before(5).unwrap(), Some(2));
         directory.begin_round(1).unwrap();

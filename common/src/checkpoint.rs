@@ -1,8 +1,8 @@
 //! Checkpoints: a model as a Hugging Face directory that `AutoModelForCausalLM` and `AutoTokenizer` load as
 //! it is, and the way back.
 //!
-//! A directory is prepared beside its place and renamed: under its own name it is whole or not there. No
-//! function here holds a second copy of the model, so the flat vector may be larger than half of memory.
+//! A directory is prepared beside its place and renamed: under its own name it is whole or not there. Writing
+//! holds a block of the model at a time, reading the one vector that it gives.
 
 mod tensor_file;
 
@@ -17,7 +17,9 @@ use serde_json::{Value, json};
 
 pub use self::tensor_file::TensorFileError;
 use crate::{
-    atomic_file::{create_partial_directory, named, rename_directory_into_place, write_durably},
+    atomic_file::{
+        create_partial_directory, named, remove_directory, rename_directory_into_place, write_durably,
+    },
     model::{Architecture, ConfigError},
 };
 
@@ -118,14 +120,10 @@ pub struct LoadedCheckpoint {
     pub end_of_text: String,
 }
 
-/// Writes the model `flat` (the manifest's order, fp32) as the Hugging Face directory `directory`, replacing
-/// one that is there; durable on return. `metadata` goes into the header of `model.safetensors`.
-///
-/// The same arguments give the same bytes on every machine.
+/// Writes the model `flat` (the manifest's order, fp32) like [`write_from`].
 ///
 /// # Errors
-/// If `flat` has not the architecture's length, or the file system refuses; `directory` is then as before,
-/// or absent if the failure was the last step of replacing it.
+/// If `flat` has not the architecture's length, or as [`write_from`].
 pub fn write(
     directory: &Path,
     architecture: &Architecture,
@@ -135,29 +133,61 @@ pub fn write(
     end_of_text_id: u32,
     metadata: &BTreeMap<String, String>,
 ) -> Result<CheckpointSummary, CheckpointError> {
-    let manifest = architecture.manifest();
-    if manifest.parameters() != flat.len() as u64 {
-        return Err(CheckpointError::Length { expected: manifest.parameters(), actual: flat.len() as u64 });
+    let (expected, actual) = (architecture.manifest().parameters(), flat.len() as u64);
+    if expected != actual {
+        return Err(CheckpointError::Length { expected, actual });
     }
+    let mut values = bytemuck::cast_slice(flat);
+    write_from(directory, architecture, &mut values, tokenizer_json, end_of_text, end_of_text_id, metadata)
+}
+
+/// Writes the model whose flat vector (the manifest's order, fp32 little-endian) `values` gives as the
+/// Hugging Face directory `directory`, replacing one that is there; durable on return. `metadata` goes into
+/// the header of `model.safetensors`. Takes a block of memory, whatever the model's size.
+///
+/// The same arguments give the same bytes on every machine.
+///
+/// # Errors
+/// If `values` fails or ends early, or the file system refuses; `directory` is then as before, or absent if
+/// the failure was the last step of replacing it.
+pub fn write_from(
+    directory: &Path,
+    architecture: &Architecture,
+    values: &mut dyn Read,
+    tokenizer_json: &str,
+    end_of_text: &str,
+    end_of_text_id: u32,
+    metadata: &BTreeMap<String, String>,
+) -> Result<CheckpointSummary, CheckpointError> {
     let partial = create_partial_directory(directory)?;
-    let mut bytes = 0;
-    write_durably(&partial.join(MODEL_FILE), |file| {
-        bytes += tensor_file::write(file, &manifest, flat, metadata)?;
-        Ok(())
-    })?;
-    let texts = [
-        (CONFIG_FILE, pretty(&config(architecture, end_of_text_id))),
-        (GENERATION_CONFIG_FILE, pretty(&generation_config(end_of_text_id))),
-        (TOKENIZER_FILE, tokenizer_json.to_owned()),
-        (TOKENIZER_CONFIG_FILE, pretty(&tokenizer_config(architecture, end_of_text))),
-        (SPECIAL_TOKENS_FILE, pretty(&special_tokens(end_of_text))),
-    ];
-    for (name, text) in texts {
-        write_durably(&partial.join(name), |file| file.write_all(text.as_bytes()))?;
-        bytes += text.len() as u64;
+    let mut write = || -> io::Result<u64> {
+        let mut bytes = 0;
+        write_durably(&partial.join(MODEL_FILE), |file| {
+            bytes += tensor_file::write(file, &architecture.manifest(), values, metadata)?;
+            Ok(())
+        })?;
+        let texts = [
+            (CONFIG_FILE, pretty(&config(architecture, end_of_text_id))),
+            (GENERATION_CONFIG_FILE, pretty(&generation_config(end_of_text_id))),
+            (TOKENIZER_FILE, tokenizer_json.to_owned()),
+            (TOKENIZER_CONFIG_FILE, pretty(&tokenizer_config(architecture, end_of_text))),
+            (SPECIAL_TOKENS_FILE, pretty(&special_tokens(end_of_text))),
+        ];
+        for (name, text) in texts {
+            write_durably(&partial.join(name), |file| file.write_all(text.as_bytes()))?;
+            bytes += text.len() as u64;
+        }
+        rename_directory_into_place(&partial, directory)?;
+        Ok(bytes)
+    };
+    match write() {
+        Ok(bytes) => Ok(CheckpointSummary { bytes }),
+        Err(error) => {
+            // Space is what is missing most often: give it back. The first error is the one to report.
+            let _ = remove_directory(&partial);
+            Err(error.into())
+        }
     }
-    rename_directory_into_place(&partial, directory)?;
-    Ok(CheckpointSummary { bytes })
 }
 
 fn config(architecture: &Architecture, end_of_text_id: u32) -> Value {

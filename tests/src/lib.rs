@@ -6,6 +6,7 @@
 pub mod binaries;
 pub mod federation;
 pub mod forgery;
+pub mod machine;
 pub mod phases;
 pub mod process;
 pub mod raw;

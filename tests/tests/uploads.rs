@@ -81,8 +81,8 @@ async fn an_upload_that_does_not_fit_the_run_is_refused_with_what_is_wrong() {
         (|d| d.begin.encoding = "bf16".into(), refuse, &["encoding", "\"bf16\"", "\"fp32\""]),
         (|d| d.begin.encoding = "gzip".into(), refuse, &["encoding", "\"gzip\"", "\"fp32\""]),
         (|d| d.begin.chunks += 1, refuse, &["chunks: is 8", "has 7"]),
-        (|d| d.begin.total_bytes += 1, refuse, &["total_bytes", "at most"]),
-        (|d| d.begin.total_bytes = u64::MAX, refuse, &["total_bytes", "at most"]),
+        (|d| d.begin.total_bytes += 1, refuse, &["total_bytes", "takes"]),
+        (|d| d.begin.total_bytes = u64::MAX, refuse, &["total_bytes", "takes"]),
         (|d| d.begin.delta_id.truncate(15), refuse, &["delta_id", "16"]),
         (|d| d.begin.round = 2, mismatch, &["round 2", "at round 1"]),
         (|d| d.begin.run = "other".into(), Code::NotFound, &["no run other"]),
@@ -133,7 +133,7 @@ async fn a_wrong_chunk_is_refused_with_what_is_wrong_and_is_not_stored() {
         (with_digest(vec![0; 31]), vec!["chunk digest", "32 bytes"]),
         (chunk_of(2, payload[4..].to_vec()), vec!["chunk 2", "16380 bytes", "takes 16384"]),
         (chunk_of(2, Vec::new()), vec!["chunk 2", "0 bytes", "takes 16384"]),
-        (chunk_of(2, longer), vec!["chunk 2", "16388 bytes", "at most 16384"]),
+        (chunk_of(2, longer), vec!["chunk 2", "16388 bytes", "takes 16384"]),
         (chunk_of(7, payload.clone()), vec!["chunk 7 does not exist", "7 chunks"]),
         (chunk_of(u32::MAX, payload.clone()), vec!["does not exist", "7 chunks"]),
         (holding(f32::NAN), vec!["chunk 2", "value 100", "NaN", "must be finite"]),
@@ -151,23 +151,23 @@ async fn a_wrong_chunk_is_refused_with_what_is_wrong_and_is_not_stored() {
 }
 
 #[tokio::test]
-async fn an_upload_that_is_longer_than_announced_is_cut_where_it_becomes_so() {
+async fn an_upload_is_no_longer_than_its_delta() {
     let federation = federation(&["bank"]);
     let [mut bank] = ready(&federation, ["bank"]).await;
     let delta = Delta::constant(&bank.assignment(1).await, 0.001);
     let short = delta.with(|delta| delta.begin.total_bytes = 2 * 16384);
     let upload = bank.upload(&short).await;
-    assert_refused(upload, Code::InvalidArgument, &["chunk 2", "longer than its announced total_bytes"]);
+    assert_refused(upload, Code::InvalidArgument, &["total_bytes: is 32768"]);
     // Nor can one chunk be sent again and again.
     let mut upload = bank.begin(&delta.begin).await.expect("an upload begins");
-    assert_eq!(upload.held().await.expect("some are held"), [0, 1]);
+    assert_eq!(upload.held().await.expect("none are held"), [0; 0]);
     let mut sent = 0;
     let refused = loop {
         match upload.send_chunk(&delta.chunks[0]).await {
             Ok(()) => sent += 1,
             Err(status) => break Err::<(), _>(status),
         }
-        assert!(sent < 7, "{sent} chunks are within the announced bytes of seven");
+        assert!(sent <= 7, "{sent} chunks are within the announced bytes of seven");
     };
     assert_refused(refused, Code::InvalidArgument, &["longer than its announced total_bytes"]);
     bank.complete_round(1).await;
@@ -558,15 +558,10 @@ async fn a_full_disk_stops_neither_the_aggregator_nor_the_run_once_there_is_room
     let [mut bank] = ready(&federation, ["bank"]).await;
     let delta = Delta::constant(&bank.assignment(1).await, 0.001);
 
-    // Full while chunks arrive.
-    let mut upload = bank.begin(&delta.begin).await.expect("an upload begins");
-    upload.held().await.expect("nothing is held");
-    for chunk in &delta.chunks[..4] {
-        upload.send_chunk(chunk).await.expect("there is room");
-    }
+    // Full before the upload begins.
     disk.fill(0);
-    let words = ["chunk 4", "disk has", "retry", "operator"];
-    assert_refused(upload.send_chunk(&delta.chunks[4]).await, Code::ResourceExhausted, &words);
+    let words = ["bank's delta for round 1", "disk has", "retry", "operator"];
+    assert_refused(bank.upload(&delta).await, Code::ResourceExhausted, &words);
     federation.aggregator().wait_for_output("was not stored: the aggregator's disk has");
     assert_eq!(federation.json(&["runs", "show", "pilot"])["version"], 0);
     // A site that comes now is told to come again, in words.
@@ -580,14 +575,18 @@ async fn a_full_disk_stops_neither_the_aggregator_nor_the_run_once_there_is_room
     }
     disk.make_room();
     clinic.join().await.expect("there is room");
+    // Full while chunks arrive: their space was taken when the upload began.
     let mut upload = bank.begin(&delta.begin).await.expect("an upload begins");
-    assert_eq!(upload.held().await.expect("some are held"), [0, 1, 2, 3]);
-    for chunk in &delta.chunks[4..] {
+    upload.held().await.expect("nothing is held");
+    for chunk in &delta.chunks[..4] {
         upload.send_chunk(chunk).await.expect("there is room");
+    }
+    disk.fill(0);
+    for chunk in &delta.chunks[4..] {
+        upload.send_chunk(chunk).await.expect("its space was taken");
     }
 
     // Full when the delta is complete: whether it is accepted or not, it is not lost.
-    disk.fill(0);
     if let Err(status) = upload.finish(&delta.finish).await {
         assert_refused(Err::<(), _>(status), Code::Unavailable, &["could not do this now", "full"]);
     }

@@ -3,7 +3,7 @@
 
 use consort_common::{
     codec::DecodeError,
-    ids::{Digest, RunName, SiteName},
+    ids::{RunName, SiteName},
     spec::SpecError,
 };
 use tonic::Status;
@@ -103,20 +103,6 @@ pub enum DriverError {
         /// Why.
         source: DecodeError,
     },
-    /// The model on disk is not the one that was committed.
-    #[error(
-        "version {version} of run {run} on disk has the digest {found}, but {committed} was committed: restore the state directory from a backup"
-    )]
-    OtherModel {
-        /// The run.
-        run: RunName,
-        /// The version.
-        version: u32,
-        /// On disk.
-        found: Digest,
-        /// In the database.
-        committed: Digest,
-    },
     /// The spool failed.
     #[error(transparent)]
     Spool(#[from] SpoolError),
@@ -199,10 +185,6 @@ impl From<DriverError> for Status {
             DriverError::Spool(SpoolError::Full { .. }) => {
                 tracing::error!("{message}");
                 Self::resource_exhausted(message)
-            }
-            DriverError::OtherModel { .. } => {
-                tracing::error!("{message}");
-                Self::data_loss(message)
             }
             // What the aggregator's own disk or database said is for its operator; the caller retries.
             DriverError::Spool(_)

@@ -4,13 +4,15 @@ use std::sync::Arc;
 
 use consort_common::{
     chunk::ChunkPlan,
+    codec::Encoding,
     ids::{Digest, RunName},
     spec::{RunSpec, SpecError},
 };
 
 use crate::{
     engine::Plan,
-    models::{ModelError, ModelVersion},
+    models::{ModelError, ModelLayout, ModelVersion},
+    reduce,
 };
 
 /// What does not change about a run once it is created.
@@ -55,21 +57,49 @@ impl RunMaterial {
     }
 }
 
+impl RunMaterial {
+    /// What the run's versions consist of.
+    pub fn layout(&self) -> ModelLayout {
+        let momentum = reduce::has_momentum(&self.spec.outer.optimizer);
+        ModelLayout { plan: self.plan, encoding: self.spec.wire.model_encoding, momentum }
+    }
+}
+
 /// A model version that is being sent.
 pub struct ModelReader {
     /// Its run.
     pub material: Arc<RunMaterial>,
-    /// BLAKE3 over its flat vector.
-    pub digest: Digest,
     pub(super) files: ModelVersion,
+    /// Whether what makes it of the version before is sent instead of the whole.
+    pub(super) update: bool,
 }
 
 impl ModelReader {
-    /// The parameters of chunk `index` (fp32 little-endian) and their digest, verified after reading.
+    /// The version.
+    pub fn version(&self) -> u32 {
+        self.files.version()
+    }
+
+    /// BLAKE3 over its flat vector.
+    pub fn digest(&self) -> Digest {
+        self.files.digest()
+    }
+
+    /// The version that the chunks are to be added to; none if they are the parameters.
+    pub fn base_version(&self) -> Option<u32> {
+        self.update.then(|| self.version().saturating_sub(1))
+    }
+
+    /// How the chunks are encoded.
+    pub fn encoding(&self) -> Encoding {
+        self.files.update_encoding().filter(|_| self.update).unwrap_or(self.files.encoding())
+    }
+
+    /// The payload of chunk `index` and its digest, verified after reading.
     ///
     /// # Errors
     /// If the disk cannot be read or returned something else than was written.
     pub fn chunk(&self, index: u32) -> Result<(Vec<u8>, Digest), ModelError> {
-        self.files.chunk(index)
+        if self.update { self.files.update_chunk(index) } else { self.files.chunk(index) }
     }
 }

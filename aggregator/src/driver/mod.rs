@@ -8,6 +8,7 @@
 //! The lock is held for the transaction (milliseconds), never for a transfer, a reduction or a checkpoint:
 //! those are tasks that come back with an event.
 
+mod early;
 mod error;
 mod instructions;
 mod material;
@@ -33,7 +34,10 @@ use tokio_util::{
     task::TaskTracker,
 };
 
-use self::tasks::Work;
+use self::{
+    early::{EarlyFolds, ExpectedRound},
+    tasks::Work,
+};
 pub use self::{
     error::DriverError,
     material::{ModelReader, RunMaterial},
@@ -45,7 +49,7 @@ use crate::{
     engine::{Effect, Event, RoundRecord, Run, RunStatus},
     models::ModelFiles,
     sessions::Sessions,
-    spool::Spool,
+    spool::{Spool, SpooledDelta},
     storage::Storage,
     store::{ContributionRow, EvaluationRow, Record, RoundCommit, RoundRow, Store},
 };
@@ -66,6 +70,18 @@ pub struct LiveRun {
     pub run: Run,
     /// BLAKE3 of the newest committed version's flat vector.
     pub version_digest: Digest,
+}
+
+impl LiveRun {
+    /// What the round in progress averages, if all that are waited for deliver.
+    fn expected_round(&self) -> Option<ExpectedRound> {
+        let state = self.run.state();
+        let weights = state.expected(&self.material.rounds);
+        let optimizer = self.material.spec.outer.optimizer.clone();
+        let expected =
+            ExpectedRound { round: state.round(), weights, layout: self.material.layout(), optimizer };
+        Some(expected).filter(|expected| !expected.weights.is_empty())
+    }
 }
 
 /// Everything that the lock guards.
@@ -106,6 +122,7 @@ pub struct Driver {
     changes: watch::Sender<u64>,
     timer: Notify,
     tasks: TaskTracker,
+    early: EarlyFolds,
     under_way: std::sync::Mutex<BTreeSet<Work>>,
     stopping: CancellationToken,
 }
@@ -129,19 +146,23 @@ impl Driver {
             Some(storage) => Spool::in_storage(storage, config.limits.spool()).await?,
             None => Spool::new(directory.join("spool"), config.limits.spool()),
         };
+        let (models, tasks) = (ModelFiles::new(directory.join("models")), TaskTracker::new());
+        let reserve_bytes = config.limits.disk_reserve_bytes;
+        let early = EarlyFolds::new(models.clone(), reserve_bytes, tasks.clone(), stopping.clone());
         let driver = Arc::new(Self {
             core: Mutex::default(),
             store,
             spool: Arc::new(spool),
             checkpoints: Checkpoints::new(storage),
-            models: ModelFiles::new(directory.join("models")),
+            models,
             limits: config.limits.clone(),
             federation: federation.to_owned(),
             state_directory: directory.clone(),
             _lock: lock,
             changes: watch::Sender::new(0),
             timer: Notify::new(),
-            tasks: TaskTracker::new(),
+            tasks,
+            early,
             under_way: std::sync::Mutex::default(),
             stopping,
         });
@@ -342,6 +363,7 @@ impl Driver {
                 | Effect::Duplicate { .. } => {}
             }
         }
+        self.early.expect(name, core.runs.get(name).and_then(LiveRun::expected_round));
         self.timer.notify_one();
         self.changed();
     }
@@ -376,6 +398,13 @@ impl Driver {
     /// The spool.
     pub fn spool(&self) -> Arc<Spool> {
         self.spool.clone()
+    }
+
+    /// Tells that these chunks of a delta are durable, so that its round can be folded early. Cheap: notes them
+    /// down. To be told of each chunk once at least: when it is made durable, or when a call takes up a delta
+    /// that holds it.
+    pub fn chunks_stored(&self, delta: &Arc<SpooledDelta>, indices: &[u32]) {
+        self.early.chunks_stored(delta, indices);
     }
 
     /// The configured bounds.

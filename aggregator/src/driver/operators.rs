@@ -58,9 +58,11 @@ impl Driver {
             }
             write_atomically(&path, &tokenizer)
                 .map_err(|error| write_error(&path, std::io::Error::other(error)))?;
-            let flat = description.spec.model.manifest().initialise(description.spec.seed);
-            let momentum = reduce::has_momentum(&description.spec.outer.optimizer);
-            Ok(models.create_initial(&description.name, description.plan, &flat, momentum)?)
+            let manifest = description.spec.model.manifest();
+            let fill = |start, values: &mut [f32]| {
+                manifest.fill_initial(description.spec.seed, start, values);
+            };
+            Ok(reduce::create_initial(&models, &description.name, description.layout(), fill)?)
         })
         .await
         .map_err(|_| DriverError::TaskFailed("the initial model"))??;

@@ -203,7 +203,7 @@ impl Driver {
         Ok(())
     }
 
-    /// A committed version of a run's model.
+    /// A committed version of a run's model, or what makes it of the version that the site holds.
     ///
     /// # Errors
     /// If the session is not the site's, or there is no such version.
@@ -213,17 +213,19 @@ impl Driver {
         session: &[u8],
         run: &RunName,
         version: u32,
+        held: Option<u32>,
     ) -> Result<ModelReader, DriverError> {
         let material = self.material_for(site, session, run).await?;
         let newest = self.core.lock().await.run(run)?.run.state().version;
         if version > newest {
             return Err(DriverError::NoSuchVersion { run: run.clone(), version, newest });
         }
-        let files = self.models.open(run, version, material.plan).map_err(|error| match error {
+        let files = self.models.open(run, version, material.layout()).map_err(|error| match error {
             ModelError::Missing { .. } => DriverError::NoSuchVersion { run: run.clone(), version, newest },
             other => other.into(),
         })?;
-        Ok(ModelReader { material, digest: files.digest(), files })
+        let update = version > 0 && held == Some(version - 1) && files.update_encoding().is_some();
+        Ok(ModelReader { material, files, update })
     }
 
     /// The right to upload; none if the site's delta for the round was accepted before.

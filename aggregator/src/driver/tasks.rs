@@ -10,7 +10,6 @@ use consort_common::{
     tokenizer::{BYTE_END_OF_TEXT, token_id},
     units::{self, unix_ms_now},
 };
-use memmap2::Mmap;
 use tokio::task::spawn_blocking;
 
 use super::{Driver, DriverError, RunMaterial, write_error};
@@ -81,8 +80,8 @@ impl Driver {
         let (driver, material) = (self.clone(), material.clone());
         let begun = unix_ms_now();
         let contributors = contributions.len();
+        let mut claim = driver.early.claim(&material.name).await;
         let outcome = spawn_blocking(move || -> Result<_, DriverError> {
-            let base = driver.models.open(&material.name, round - 1, material.plan)?;
             let contributions = contributions.into_iter().map(|weighted| {
                 let contribution = weighted.contribution;
                 let key = ContributionKey {
@@ -94,15 +93,27 @@ impl Driver {
                 WeightedContribution {
                     key,
                     weight: weighted.weight,
+                    encoding: contribution.facts.encoding,
                     delta_digest: contribution.facts.delta_digest,
                 }
             });
-            let optimizer = &material.spec.outer.optimizer;
+            let contributions: Vec<_> = contributions.collect();
+            if let Some(fold) = claim.take(&contributions) {
+                let early = fold.folded();
+                match fold.finish(&contributions) {
+                    Ok(reduction) => {
+                        tracing::info!(round, chunks = material.plan.chunks(), early, "folded early");
+                        return Ok(reduction);
+                    }
+                    Err(error) => {
+                        tracing::warn!(round, %error, "what was folded early is of no use; reducing anew");
+                    }
+                }
+            }
             Ok(reduce::reduce(ReduceInputs {
-                encoding: material.spec.wire.delta_encoding,
-                contributions: contributions.collect(),
-                base: &base,
-                optimizer,
+                contributions,
+                base: driver.models.open(&material.name, round - 1, material.layout())?,
+                optimizer: material.spec.outer.optimizer.clone(),
                 spool: &driver.spool,
                 models: &driver.models,
             })?)
@@ -184,19 +195,7 @@ impl Driver {
         version: u32,
         directory: &std::path::Path,
     ) -> Result<(consort_common::ids::Digest, u64), DriverError> {
-        let model = self.models.open(&material.name, version, material.plan)?;
-        let path = model.parameters_path();
-        let file = std::fs::File::open(&path)
-            .map_err(|source| DriverError::Read { what: path.display().to_string(), source })?;
-        // SAFETY: the file of a committed version is never written again, only unlinked, and an unlinked
-        // file keeps its contents while it is mapped.
-        let map = unsafe { Mmap::map(&file) }
-            .map_err(|source| DriverError::Read { what: path.display().to_string(), source })?;
-        let found = consort_common::ids::Digest::of_parallel(&map);
-        if found != model.digest() {
-            let run = material.name.clone();
-            return Err(DriverError::OtherModel { run, version, found, committed: model.digest() });
-        }
+        let model = self.models.open(&material.name, version, material.layout())?;
         let tokenizer_path = self.tokenizer_path(&material.name);
         let tokenizer = std::fs::read_to_string(&tokenizer_path)
             .map_err(|source| DriverError::Read { what: tokenizer_path.display().to_string(), source })?;
@@ -207,20 +206,24 @@ impl Driver {
         let metadata = [
             ("consort_run", material.name.to_string()),
             ("consort_version", version.to_string()),
-            ("consort_model_blake3", found.to_string()),
+            ("consort_model_blake3", model.digest().to_string()),
             ("consort_spec_blake3", material.spec_digest.to_string()),
         ];
         let metadata = metadata.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
-        let summary = checkpoint::write(
+        let mut values = model.reader();
+        let written = checkpoint::write_from(
             directory,
             &material.spec.model,
-            bytemuck::cast_slice(&map),
+            &mut values,
             &tokenizer,
             &end_of_text,
             end_of_text_id,
             &metadata,
-        )?;
-        Ok((found, summary.bytes))
+        );
+        if let Some(fault) = values.into_fault() {
+            return Err(fault.into());
+        }
+        Ok((model.digest(), written?.bytes))
     }
 
     fn checkpoint_directory(&self, run: &RunName, version: u32) -> PathBuf {

@@ -45,15 +45,23 @@ pub(super) fn select(draw: Draw, candidates: &[SiteName], count: usize) -> Vec<S
     chosen.to_vec()
 }
 
-/// The shares of contributions in canonical order: w_i = t_i / sum(t) over the assignments' tokens
-/// (McMahan et al., arXiv 1602.05629, algorithm 1, with n_k the trained tokens), or 1/n. In f64; the sum
-/// of tokens is exact in u128.
+/// The shares of contributions in canonical order.
 pub(super) fn weighted(contributions: &[Contribution], weighting: Weighting) -> Vec<Weighted> {
-    let tokens: u128 = contributions.iter().map(|one| u128::from(one.assigned_tokens)).sum();
+    let tokens: Vec<u64> = contributions.iter().map(|one| one.assigned_tokens).collect();
+    let weights = weights(&tokens, weighting).into_iter();
+    let weighted = contributions.iter().zip(weights);
+    weighted.map(|(one, weight)| Weighted { contribution: one.clone(), weight }).collect()
+}
+
+/// The shares of sites in canonical order: w_i = t_i / sum(t) over the assignments' tokens (McMahan et al.,
+/// arXiv 1602.05629, algorithm 1, with n_k the trained tokens), or 1/n. In f64; the sum of tokens is exact in
+/// u128.
+pub(super) fn weights(assigned_tokens: &[u64], weighting: Weighting) -> Vec<f64> {
+    let sum: u128 = assigned_tokens.iter().copied().map(u128::from).sum();
     #[allow(clippy::cast_precision_loss)]
-    let weight = |one: &Contribution| match weighting {
-        Weighting::Tokens if tokens > 0 => one.assigned_tokens as f64 / tokens as f64,
-        Weighting::Tokens | Weighting::Uniform => 1.0 / contributions.len() as f64,
+    let weight = |tokens: &u64| match weighting {
+        Weighting::Tokens if sum > 0 => *tokens as f64 / sum as f64,
+        Weighting::Tokens | Weighting::Uniform => 1.0 / assigned_tokens.len() as f64,
     };
-    contributions.iter().map(|one| Weighted { contribution: one.clone(), weight: weight(one) }).collect()
+    assigned_tokens.iter().map(weight).collect()
 }

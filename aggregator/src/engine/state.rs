@@ -208,6 +208,27 @@ impl State {
         }
     }
 
+    /// Whose deltas the round in progress averages, and their shares, in canonical order: while sites train,
+    /// if all deliver that are waited for and no other.
+    pub fn expected(&self, plan: &Plan) -> Vec<(SiteName, f64)> {
+        let (sites, tokens): (Vec<_>, Vec<_>) = match &self.phase {
+            Phase::Training(training) => {
+                let assigned = |(site, standing): (&SiteName, &Standing)| match standing {
+                    Standing::Working => Some((site.clone(), plan.tokens_per_assignment())),
+                    Standing::Delivered(contribution) => Some((site.clone(), contribution.assigned_tokens)),
+                    Standing::Replaced => None,
+                };
+                training.sites.iter().filter_map(assigned).unzip()
+            }
+            Phase::Reducing(reducing) => {
+                let assigned = |one: &Contribution| (one.site.clone(), one.assigned_tokens);
+                reducing.contributions.iter().map(assigned).unzip()
+            }
+            Phase::Waiting | Phase::Evaluating(_) | Phase::Done => return Vec::new(),
+        };
+        sites.into_iter().zip(participation::weights(&tokens, plan.weighting())).collect()
+    }
+
     /// Whether `site` has reported its held-out loss of `version`.
     pub fn has_evaluated(&self, site: &SiteName, version: u32) -> bool {
         self.evaluated.get(&version).is_some_and(|sites| sites.contains(site))

@@ -1,4 +1,4 @@
-//! The files of one version: their names, sizes and digests.
+//! The files of one version: their names, sizes, digests and checksums.
 
 use std::{
     fs::{self, File},
@@ -8,37 +8,93 @@ use std::{
 
 use consort_common::{
     atomic_file,
-    chunk::ChunkPlan,
-    codec::Encoding,
     ids::{Digest, RunName},
 };
+use twox_hash::XxHash3_64;
 
-use super::{ModelError, VALUE_BYTES};
+use super::{ModelError, ModelLayout};
 
 pub(super) const PARAMETERS_FILE: &str = "parameters.f32";
 pub(super) const MOMENTUM_FILE: &str = "momentum.f32";
-pub(super) const DIGESTS_FILE: &str = "chunks.blake3";
+pub(super) const RESIDUAL_FILE: &str = "residual.f32";
+pub(super) const UPDATE_FILE: &str = "update.bin";
+pub(super) const DIGESTS_FILE: &str = "chunks.digests";
 /// Bytes of one digest.
 pub(super) const DIGEST_BYTES: usize = 32;
+/// Bytes of one checksum.
+const CHECKSUM_BYTES: usize = 8;
+
+/// XXH3, 64 bits: tells what a disk or a memory chip did, not what somebody made up.
+pub(super) fn checksum(bytes: &[u8]) -> u64 {
+    XxHash3_64::oneshot(bytes)
+}
+
+/// One of each file of a version that is cut into chunks, in the order in which their checksums are recorded.
+#[derive(Debug)]
+pub(super) struct Parts<T> {
+    pub(super) parameters: T,
+    pub(super) momentum: Option<T>,
+    pub(super) residual: Option<T>,
+    pub(super) update: Option<T>,
+}
+
+impl<T> Parts<T> {
+    /// Those that `version` of such a model has, from their names and sizes in bytes.
+    pub(super) fn of<E>(
+        layout: ModelLayout,
+        version: u32,
+        mut make: impl FnMut(&'static str, u64) -> Result<T, E>,
+    ) -> Result<Self, E> {
+        let vector_bytes = layout.vector_bytes();
+        Ok(Self {
+            parameters: make(PARAMETERS_FILE, vector_bytes)?,
+            momentum: layout.momentum.then(|| make(MOMENTUM_FILE, vector_bytes)).transpose()?,
+            residual: layout.has_residual().then(|| make(RESIDUAL_FILE, vector_bytes)).transpose()?,
+            update: layout
+                .update_of(version)
+                .map(|_| make(UPDATE_FILE, layout.update_bytes()))
+                .transpose()?,
+        })
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &T> {
+        [Some(&self.parameters), self.momentum.as_ref(), self.residual.as_ref(), self.update.as_ref()]
+            .into_iter()
+            .flatten()
+    }
+}
+
+impl Parts<StoredPart> {
+    /// The same with their checksums, one list for each part.
+    pub(super) fn with_checksums(mut self, checksums: Vec<Vec<u64>>) -> Self {
+        let Self { parameters, momentum, residual, update } = &mut self;
+        let parts = [Some(parameters), momentum.as_mut(), residual.as_mut(), update.as_mut()];
+        for (part, checksums) in parts.into_iter().flatten().zip(checksums) {
+            part.checksums = checksums;
+        }
+        self
+    }
+}
+
+/// A file of a complete version, with the checksum of each of its chunks.
+#[derive(Debug)]
+pub(super) struct StoredPart {
+    pub(super) name: &'static str,
+    pub(super) file: File,
+    pub(super) checksums: Vec<u64>,
+}
 
 /// The files of a version that is being written, in a directory beside its place.
 #[derive(Debug)]
 pub(super) struct NewFiles {
     pub(super) partial: PathBuf,
-    pub(super) vector_bytes: u64,
-    pub(super) parameters: File,
-    pub(super) momentum: Option<File>,
+    pub(super) parts: Parts<File>,
 }
 
 impl NewFiles {
-    pub(super) fn create(partial: PathBuf, vector_bytes: u64, momentum: bool) -> io::Result<Self> {
-        let create = || {
-            let parameters = create_reserved(&partial.join(PARAMETERS_FILE), vector_bytes)?;
-            let momentum = momentum.then(|| create_reserved(&partial.join(MOMENTUM_FILE), vector_bytes));
-            Ok((parameters, momentum.transpose()?))
-        };
-        match create() {
-            Ok((parameters, momentum)) => Ok(Self { partial, vector_bytes, parameters, momentum }),
+    pub(super) fn create(partial: PathBuf, layout: ModelLayout, version: u32) -> io::Result<Self> {
+        match Parts::of(layout, version, |name, bytes| create_reserved(&partial.join(name), bytes)) {
+            Ok(parts) => Ok(Self { partial, parts }),
             Err(error) => {
                 // What was reserved before the disk was full is given back.
                 let _ = atomic_file::remove_directory(&partial);
@@ -47,13 +103,8 @@ impl NewFiles {
         }
     }
 
-    pub(super) fn bytes(&self) -> u64 {
-        self.vector_bytes * (1 + u64::from(self.momentum.is_some()))
-    }
-
     pub(super) fn sync(&self) -> io::Result<()> {
-        self.parameters.sync_all()?;
-        self.momentum.as_ref().map_or(Ok(()), File::sync_all)
+        self.parts.iter().try_for_each(File::sync_all)
     }
 }
 
@@ -77,27 +128,47 @@ fn create_reserved(path: &Path, bytes: u64) -> io::Result<File> {
     Ok(file)
 }
 
-/// The digests of a version, as stored beside it.
+/// What is recorded of a version, as stored beside it: the digests, the checksums (little-endian), and last a
+/// checksum of all this.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Digests {
+    /// Of the whole vector.
     pub(super) whole: Digest,
-    pub(super) parameters: Vec<Digest>,
-    /// Empty without momentum.
-    pub(super) momentum: Vec<Digest>,
+    /// Of its chunks as they are sent when the version is sent whole.
+    pub(super) chunks: Vec<Digest>,
+    /// Of the update's chunks; empty where there is none.
+    pub(super) update: Vec<Digest>,
+    /// Of the chunks of each part, in the order of [`Parts`].
+    pub(super) checksums: Vec<Vec<u64>>,
 }
 
 impl Digests {
     pub(super) fn to_bytes(&self) -> Vec<u8> {
-        let all = [&self.whole].into_iter().chain(&self.parameters).chain(&self.momentum);
-        all.flat_map(|digest| *digest.as_bytes()).collect()
+        let digests = [&self.whole].into_iter().chain(&self.chunks).chain(&self.update);
+        let checksums = self.checksums.iter().flatten().flat_map(|checksum| checksum.to_le_bytes());
+        let mut bytes: Vec<u8> = digests.flat_map(|digest| *digest.as_bytes()).chain(checksums).collect();
+        bytes.extend(checksum(&bytes).to_le_bytes());
+        bytes
     }
 
-    pub(super) fn from_bytes(bytes: &[u8], chunks: usize, momentum: bool) -> Option<Self> {
-        let all: Result<Vec<_>, _> = bytes.chunks(DIGEST_BYTES).map(Digest::try_from).collect();
-        let mut all =
-            all.ok().filter(|all| all.len() == 1 + chunks * (1 + usize::from(momentum)))?.into_iter();
-        let whole = all.next()?;
-        Some(Self { whole, parameters: all.by_ref().take(chunks).collect(), momentum: all.collect() })
+    /// None unless these are the bytes of that many chunks and parts, one of them an update or not.
+    pub(super) fn from_bytes(bytes: &[u8], chunks: usize, parts: usize, update: bool) -> Option<Self> {
+        let (bytes, own) = bytes.split_last_chunk::<CHECKSUM_BYTES>()?;
+        let digests_bytes = (1 + chunks * (1 + usize::from(update))) * DIGEST_BYTES;
+        let expected = digests_bytes + parts * chunks * CHECKSUM_BYTES;
+        if bytes.len() != expected || checksum(bytes) != u64::from_le_bytes(*own) {
+            return None;
+        }
+        let (digests, checksums) = bytes.split_at(digests_bytes);
+        let digests: Result<Vec<_>, _> = digests.chunks(DIGEST_BYTES).map(Digest::try_from).collect();
+        let mut digests = digests.ok()?.into_iter();
+        let mut checksums = checksums.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes));
+        Some(Self {
+            whole: digests.next()?,
+            chunks: digests.by_ref().take(chunks).collect(),
+            update: digests.collect(),
+            checksums: (0..parts).map(|_| checksums.by_ref().take(chunks).collect()).collect(),
+        })
     }
 }
 
@@ -119,29 +190,32 @@ impl Place {
         ModelError::Corrupt { run: self.run.clone(), version: self.version, path, reason }
     }
 
-    /// Opens a vector and checks its size; none if it is not there.
-    pub(super) fn open(&self, name: &str, plan: ChunkPlan) -> Result<Option<File>, ModelError> {
+    /// Opens a file that must be there, and checks its size.
+    pub(super) fn open(&self, name: &str, expected_bytes: u64) -> Result<File, ModelError> {
         let file = match File::open(self.directory.join(name)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(self.corrupt(name, "it is not there".to_owned()));
+            }
             file => file?,
         };
-        let (expected, actual) = (plan.parameters() * VALUE_BYTES, file.metadata()?.len());
-        if actual != expected {
-            return Err(self.corrupt(name, format!("it has {actual} bytes, not {expected}")));
+        let actual_bytes = file.metadata()?.len();
+        if actual_bytes != expected_bytes {
+            return Err(self.corrupt(name, format!("it has {actual_bytes} bytes, not {expected_bytes}")));
         }
-        Ok(Some(file))
+        Ok(file)
     }
 
-    pub(super) fn read_digests(&self, plan: ChunkPlan, momentum: bool) -> Result<Digests, ModelError> {
+    pub(super) fn read_digests(
+        &self,
+        chunks: u32,
+        parts: usize,
+        update: bool,
+    ) -> Result<Digests, ModelError> {
         let bytes = fs::read(self.directory.join(DIGESTS_FILE))
             .map_err(|error| self.corrupt(DIGESTS_FILE, format!("it cannot be read: {error}")))?;
-        Digests::from_bytes(&bytes, plan.chunks() as usize, momentum).ok_or_else(|| {
-            let reason = format!("its {} bytes are not the digests of {} chunks", bytes.len(), plan.chunks());
+        Digests::from_bytes(&bytes, chunks as usize, parts, update).ok_or_else(|| {
+            let reason = format!("its {} bytes are not the digests of {chunks} chunks", bytes.len());
             self.corrupt(DIGESTS_FILE, reason)
         })
-    }
-
-    pub(super) fn decode(&self, name: &str, bytes: &[u8], values: &mut [f32]) -> Result<(), ModelError> {
-        Encoding::Fp32.codec().decode(bytes, values).map_err(|error| self.corrupt(name, error.to_string()))
     }
 }

@@ -1,7 +1,12 @@
+use std::io::Read;
+
 use proptest::prelude::*;
 use tempfile::TempDir;
 
-use super::{files::DIGEST_BYTES, *};
+use super::{
+    files::{DIGEST_BYTES, DIGESTS_FILE},
+    *,
+};
 
 fn run() -> RunName {
     "pilot".parse().unwrap()
@@ -15,6 +20,31 @@ fn models() -> (TempDir, ModelFiles) {
 
 fn ramp(length: u16) -> Vec<f32> {
     (0..length).map(|value| f32::from(value) - 3.5).collect()
+}
+
+fn layout(plan: ChunkPlan, momentum: bool) -> ModelLayout {
+    ModelLayout { plan, encoding: ModelEncoding::Fp32, momentum }
+}
+
+/// Ten values in three chunks, without momentum.
+fn small() -> ModelLayout {
+    layout(ChunkPlan::new(10, 4), false)
+}
+
+/// Writes a version with a momentum of zeros, the last chunk first, as several threads may.
+fn write(models: &ModelFiles, version: u32, layout: ModelLayout, values: &[f32]) -> ModelVersion {
+    let new = models.begin(&run(), version, layout).unwrap();
+    let mut records: Vec<_> = (0..layout.plan.chunks())
+        .rev()
+        .map(|index| {
+            let range = layout.plan.range(index).unwrap();
+            let parameters = &values[range.start as usize..range.end as usize];
+            let momentum = vec![0.0; if layout.momentum { parameters.len() } else { 0 }];
+            new.write(index, NewChunk { parameters, momentum: &momentum, ..NewChunk::default() }).unwrap()
+        })
+        .collect();
+    records.reverse();
+    new.finish(&records).unwrap()
 }
 
 fn bytes(values: &[f32]) -> Vec<u8> {
@@ -35,11 +65,11 @@ proptest! {
     fn a_model_has_one_digest_however_it_is_cut(length in 0u16..3000, chunk in 1u32..1200, momentum: bool) {
         let (_folder, models) = models();
         let (plan, values) = (ChunkPlan::new(length.into(), chunk), ramp(length));
-        let version = models.create_initial(&run(), plan, &values, momentum).unwrap();
+        let layout = layout(plan, momentum);
+        let version = write(&models, 0, layout, &values);
         prop_assert_eq!(version.digest(), Digest::of(&bytes(&values)));
-        prop_assert_eq!(version.has_momentum(), momentum);
 
-        let version = models.open(&run(), 0, plan).unwrap();
+        let version = models.open(&run(), 0, layout).unwrap();
         let mut read = Vec::new();
         for index in 0..plan.chunks() {
             let (payload, digest) = version.chunk(index).unwrap();
@@ -47,52 +77,47 @@ proptest! {
             read.extend(payload);
         }
         prop_assert_eq!(&read, &bytes(&values));
-        prop_assert_eq!(fs::read(version.parameters_path()).unwrap(), read);
+        prop_assert_eq!(&fs::read(version.parameters_path()).unwrap(), &read);
+        let mut whole = Vec::new();
+        version.reader().read_to_end(&mut whole).unwrap();
+        prop_assert_eq!(whole, read);
         prop_assert!(version.chunk(plan.chunks()).is_err());
     }
 }
 
 #[test]
-fn initial_momentum_is_zero() {
+fn what_is_not_written_since_it_is_zero_is_read_as_zero() {
     let (_folder, models) = models();
-    let version = models.create_initial(&run(), ChunkPlan::new(10, 4), &ramp(10), true).unwrap();
-    let mut values = [1.0; 2];
-    version.read_momentum(2, &mut Vec::new(), &mut values).unwrap();
-    assert_eq!(values, [0.0; 2]);
+    let version = write(&models, 0, ModelLayout { momentum: true, ..small() }, &[0.0; 10]);
+    for index in 0..3 {
+        let mut values = vec![1.0; version.plan().length(index).unwrap()];
+        version.read_momentum(index, &mut values).unwrap();
+        assert!(values.iter().all(|value| *value == 0.0));
+        version.read_parameters(index, &mut values).unwrap();
+        assert!(values.iter().all(|value| *value == 0.0));
+    }
 }
 
 #[test]
 fn an_orphan_is_replaced_and_an_unfinished_version_leaves_nothing() {
     let (_folder, models) = models();
-    let plan = ChunkPlan::new(10, 4);
-    models.create_initial(&run(), plan, &ramp(10), false).unwrap();
-    models.create_initial(&run(), plan, &[7.0; 10], false).unwrap();
-    assert_eq!(models.open(&run(), 0, plan).unwrap().chunk(0).unwrap().0, bytes(&[7.0; 4]));
+    write(&models, 0, small(), &ramp(10));
+    write(&models, 0, small(), &[7.0; 10]);
+    assert_eq!(models.open(&run(), 0, small()).unwrap().chunk(0).unwrap().0, bytes(&[7.0; 4]));
 
     // As if killed while writing, then tried again, then given up.
-    std::mem::forget(models.begin(&run(), 1, plan, false).unwrap());
+    std::mem::forget(models.begin(&run(), 1, small()).unwrap());
     assert_eq!(files_of(&models), [".1.partial", "0"]);
-    drop(models.begin(&run(), 1, plan, false).unwrap());
+    drop(models.begin(&run(), 1, small()).unwrap());
     assert_eq!(files_of(&models), ["0"]);
-    assert!(matches!(models.open(&run(), 1, plan), Err(ModelError::Missing { version: 1, .. })));
-}
-
-fn write_version(models: &ModelFiles, version: u32, plan: ChunkPlan) -> ModelVersion {
-    let new = models.begin(&run(), version, plan, false).unwrap();
-    // Out of order, as several threads write.
-    let mut digests: Vec<_> = (0..plan.chunks())
-        .rev()
-        .map(|index| new.write(index, &vec![0.5; plan.length(index).unwrap()], None).unwrap())
-        .collect();
-    digests.reverse();
-    new.finish(&digests).unwrap()
+    assert!(matches!(models.open(&run(), 1, small()), Err(ModelError::Missing { version: 1, .. })));
 }
 
 #[test]
 fn retention_keeps_what_is_named_and_what_is_newer() {
     let (_folder, models) = models();
     for version in [0, 1, 2, 3, 11] {
-        write_version(&models, version, ChunkPlan::new(10, 4));
+        write(&models, version, small(), &[0.5; 10]);
     }
     models.retain(&run(), &[1, 3]).unwrap();
     assert_eq!(models.versions(&run()).unwrap(), [1, 3, 11]);
@@ -102,19 +127,21 @@ fn retention_keeps_what_is_named_and_what_is_newer() {
 }
 
 #[test]
-fn a_version_of_another_size_is_refused() {
+fn a_version_of_another_layout_is_refused() {
     let (_folder, models) = models();
-    write_version(&models, 1, ChunkPlan::new(10, 4));
-    let error = models.open(&run(), 1, ChunkPlan::new(11, 4)).unwrap_err();
-    assert!(matches!(error, ModelError::Corrupt { version: 1, .. }), "{error}");
+    write(&models, 1, small(), &[0.5; 10]);
+    let longer = layout(ChunkPlan::new(11, 4), false);
+    for other in [longer, ModelLayout { momentum: true, ..small() }] {
+        let error = models.open(&run(), 1, other).unwrap_err();
+        assert!(matches!(error, ModelError::Corrupt { version: 1, .. }), "{error}");
+    }
 }
 
 #[test]
 fn an_open_version_stays_readable_when_it_is_retired() {
     let (_folder, models) = models();
-    let plan = ChunkPlan::new(10, 4);
-    let old = models.create_initial(&run(), plan, &ramp(10), false).unwrap();
-    write_version(&models, 1, plan);
+    let old = write(&models, 0, small(), &ramp(10));
+    write(&models, 1, small(), &[0.5; 10]);
     models.retain(&run(), &[1]).unwrap();
     assert_eq!(models.versions(&run()).unwrap(), [1]);
     assert_eq!(old.chunk(2).unwrap().0, bytes(&ramp(10)[8..]));
@@ -123,18 +150,18 @@ fn an_open_version_stays_readable_when_it_is_retired() {
 /// Damages one file of a version with momentum; reading every chunk must say which file is damaged.
 fn check_damage(name: &str, damage: impl FnOnce(&mut Vec<u8>)) {
     let (_folder, models) = models();
-    let plan = ChunkPlan::new(10, 4);
-    models.create_initial(&run(), plan, &ramp(10), true).unwrap();
+    let layout = ModelLayout { momentum: true, ..small() };
+    write(&models, 0, layout, &ramp(10));
     let path = models.directory(&run(), 0).join(name);
     let mut content = fs::read(&path).unwrap();
     damage(&mut content);
     fs::write(&path, content).unwrap();
     let read_all = || -> Result<(), ModelError> {
-        let version = models.open(&run(), 0, plan)?;
-        for index in 0..plan.chunks() {
-            let mut values = vec![0.0; plan.length(index)?];
-            version.read_parameters(index, &mut Vec::new(), &mut values)?;
-            version.read_momentum(index, &mut Vec::new(), &mut values)?;
+        let version = models.open(&run(), 0, layout)?;
+        for index in 0..3 {
+            let mut values = vec![0.0; layout.plan.length(index)?];
+            version.read_parameters(index, &mut values)?;
+            version.read_momentum(index, &mut values)?;
         }
         Ok(())
     };
@@ -155,10 +182,24 @@ fn damage_to_any_file_is_found() {
 }
 
 #[test]
+fn a_reader_gives_no_chunk_that_is_damaged() {
+    let (_folder, models) = models();
+    let version = write(&models, 0, small(), &ramp(10));
+    let mut content = bytes(&ramp(10));
+    content[20] ^= 1;
+    fs::write(version.parameters_path(), content).unwrap();
+    let mut reader = version.reader();
+    let mut read = Vec::new();
+    reader.read_to_end(&mut read).unwrap_err();
+    assert_eq!(read, bytes(&ramp(4)));
+    assert!(matches!(reader.into_fault(), Some(ModelError::Corrupt { version: 0, .. })));
+}
+
+#[test]
 fn a_version_that_does_not_fit_the_disk_is_refused_before_it_is_written() {
     let (_folder, models) = models();
     // 2^60 bytes: more than any disk here.
-    let error = models.begin(&run(), 0, ChunkPlan::new(1 << 58, u32::MAX), true).unwrap_err();
+    let error = models.begin(&run(), 0, layout(ChunkPlan::new(1 << 58, u32::MAX), true)).unwrap_err();
     assert!(matches!(error, ModelError::Full { needed_bytes, .. } if needed_bytes == 1 << 61), "{error}");
     assert!(files_of(&models).is_empty());
 }

@@ -1,9 +1,17 @@
-use consort_common::{chunk::ChunkPlan, ids::RunName};
+use std::sync::Arc;
+
+use consort_common::{chunk::ChunkPlan, codec::ModelEncoding, ids::RunName};
 use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::*;
-use crate::spool::SpoolLimits;
+use crate::{
+    models::ModelLayout,
+    spool::{SpoolLimits, SpooledDelta},
+};
+
+mod broadcast;
+mod fold;
 
 const NESTEROV: OuterOptimizer = OuterOptimizer::Nesterov { learning_rate: 0.7, momentum: 0.9 };
 
@@ -15,7 +23,7 @@ struct Fixture {
     folder: TempDir,
     spool: Spool,
     models: ModelFiles,
-    plan: ChunkPlan,
+    layout: ModelLayout,
     encoding: Encoding,
     optimizer: OuterOptimizer,
 }
@@ -28,29 +36,56 @@ fn bytes(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
 
+fn key(round: u32, site: &str) -> ContributionKey {
+    ContributionKey { run: run(), round, site: site.parse().unwrap(), delta: [1; 16].into() }
+}
+
 impl Fixture {
     fn new(initial: &[f32], chunk: u32, encoding: Encoding, optimizer: OuterOptimizer) -> Self {
+        Self::with_form(initial, chunk, encoding, optimizer, ModelEncoding::Fp32)
+    }
+
+    fn with_form(
+        initial: &[f32],
+        chunk: u32,
+        encoding: Encoding,
+        optimizer: OuterOptimizer,
+        form: ModelEncoding,
+    ) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let spool = Spool::new(folder.path().join("spool"), SpoolLimits::default());
         let models = ModelFiles::new(folder.path().join("models"));
         let plan = ChunkPlan::new(initial.len() as u64, chunk);
-        models.create_initial(&run(), plan, initial, has_momentum(&optimizer)).unwrap();
-        Self { folder, spool, models, plan, encoding, optimizer }
+        let layout = ModelLayout { plan, encoding: form, momentum: has_momentum(&optimizer) };
+        let fill = |start, values: &mut [f32]| {
+            let start = start as usize;
+            values.copy_from_slice(&initial[start..start + values.len()]);
+        };
+        create_initial(&models, &run(), layout, fill).unwrap();
+        Self { folder, spool, models, layout, encoding, optimizer }
     }
 
     fn deliver(&self, round: u32, site: &str, weight: f64, delta: &[f32]) -> WeightedContribution {
-        let key = ContributionKey { run: run(), round, site: site.parse().unwrap(), delta: [1; 16].into() };
-        for index in 0..self.plan.chunks() {
-            let range = self.plan.range(index).unwrap();
-            let payload = self.encoding.encode(&delta[range.start as usize..range.end as usize]);
-            self.put(&key, index, &payload);
+        let key = key(round, site);
+        for index in 0..self.layout.plan.chunks() {
+            self.put(&key, index, &self.payload(delta, index));
         }
+        self.accepted(key, weight)
+    }
+
+    /// The contribution as it is accepted, from what is spooled of it.
+    fn accepted(&self, key: ContributionKey, weight: f64) -> WeightedContribution {
         let delta_digest = self.spooled(&key).summary().unwrap().digest;
-        WeightedContribution { key, weight, delta_digest }
+        WeightedContribution { key, weight, encoding: self.encoding, delta_digest }
+    }
+
+    fn payload(&self, delta: &[f32], index: u32) -> Vec<u8> {
+        let range = self.layout.plan.range(index).unwrap();
+        self.encoding.encode(&delta[range.start as usize..range.end as usize])
     }
 
     fn spooled(&self, key: &ContributionKey) -> Arc<SpooledDelta> {
-        self.spool.receive(key, DeltaLayout::new(self.plan, self.encoding)).unwrap()
+        self.spool.receive(key, DeltaLayout::new(self.layout.plan, self.encoding)).unwrap()
     }
 
     fn put(&self, key: &ContributionKey, index: u32, payload: &[u8]) {
@@ -59,20 +94,22 @@ impl Fixture {
         delta.sync(|_| true).unwrap();
     }
 
+    fn base(&self, version: u32) -> ModelVersion {
+        self.models.open(&run(), version, self.layout).unwrap()
+    }
+
     fn reduce(&self, base: u32, contributions: &[WeightedContribution]) -> Result<Reduction, ReduceError> {
-        let base = self.models.open(&run(), base, self.plan).unwrap();
         reduce(ReduceInputs {
             contributions: contributions.to_vec(),
-            encoding: self.encoding,
-            base: &base,
-            optimizer: &self.optimizer,
+            base: self.base(base),
+            optimizer: self.optimizer.clone(),
             spool: &self.spool,
             models: &self.models,
         })
     }
 
     fn parameters(&self, version: u32) -> Vec<f32> {
-        let version = self.models.open(&run(), version, self.plan).unwrap();
+        let version = self.base(version);
         let content = std::fs::read(version.parameters_path()).unwrap();
         assert_eq!(Digest::of(&content), version.digest());
         content.chunks(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
@@ -109,6 +146,16 @@ fn reference(optimizer: &OuterOptimizer, initial: &[f32], rounds: &[WeightedDelt
     parameters
 }
 
+/// Decoded chunk by chunk, as it was encoded.
+fn after_the_wire(encoding: Encoding, chunk: u32, delta: &[f32]) -> Vec<f32> {
+    let chunks = delta.chunks(chunk as usize).flat_map(|values| {
+        let mut decoded = vec![0.0; values.len()];
+        encoding.codec().decode(&encoding.encode(values), &mut decoded).unwrap();
+        decoded
+    });
+    chunks.collect()
+}
+
 fn any_vector(length: usize) -> impl Strategy<Value = Vec<f32>> {
     // Values of very different size, so that any other order or precision shows.
     prop::collection::vec(
@@ -140,17 +187,12 @@ proptest! {
         chunk in 3u32..70,
         shuffle in any::<u64>(),
     ) {
-        // What the sites' values are after the wire.
-        let decoded: Vec<WeightedDeltas> = rounds.iter().map(|deltas| {
-            deltas.iter().map(|(weight, delta)| {
-                let mut decoded = vec![0.0; delta.len()];
-                encoding.codec().decode(&encoding.encode(delta), &mut decoded).unwrap();
-                (*weight, decoded)
-            }).collect()
-        }).collect();
-        let expected = Digest::of(&bytes(&reference(&optimizer, &initial, &decoded)));
-
         for (threads, chunk) in [(1, 4096), (1, chunk), (2, chunk), (3, 7), (8, chunk)] {
+            // What the sites' values are after the wire.
+            let decoded: Vec<WeightedDeltas> = rounds.iter().map(|deltas| {
+                deltas.iter().map(|(weight, delta)| (*weight, after_the_wire(encoding, chunk, delta))).collect()
+            }).collect();
+            let expected = Digest::of(&bytes(&reference(&optimizer, &initial, &decoded)));
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let fixture = Fixture::new(&initial, chunk, encoding, optimizer.clone());
             let mut digest = None;
@@ -220,7 +262,7 @@ fn reducing_again_after_a_crash_gives_the_same_version() {
     let fixture = Fixture::new(&[1.0; 10], 4, Encoding::Fp32, NESTEROV);
     let contributions = [fixture.deliver(1, "north", 1.0, &[0.1; 10])];
     // Killed while writing: the partial version is still there. Killed before the commit: an orphan is.
-    std::mem::forget(fixture.models.begin(&run(), 1, fixture.plan, true).unwrap());
+    std::mem::forget(fixture.models.begin(&run(), 1, fixture.layout).unwrap());
     let first = fixture.reduce(0, &contributions).unwrap().version.digest();
     let second = fixture.reduce(0, &contributions).unwrap().version.digest();
     assert_eq!(first, second);

@@ -1,18 +1,19 @@
-//! Sending a model version or a file: one chunk is read, verified and queued at a time, at the receiver's
-//! pace; a receiver that takes nothing for the stall time is cut.
+//! Sending a model version or a file, a chunk at a time, at the receiver's pace; a receiver that takes
+//! nothing for the stall time is cut.
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use bytes::Bytes;
-use consort_common::codec::Encoding;
 use consort_proto::v1::{
     DownloadModelResponse, FilePart, ModelChunk, ModelHeader, download_model_response as response,
 };
-use tokio::{fs::File, io::AsyncReadExt, sync::mpsc, task::spawn_blocking, time::timeout};
+use tokio::{fs::File, io::AsyncReadExt, sync::mpsc, time::timeout};
 use tonic::Status;
 
-use super::places::DownloadPlace;
-use crate::driver::{Driver, DriverError, ModelReader};
+use super::{
+    broadcast::{Broadcast, Chunk},
+    places::{DownloadPlace, PARTS_MAX},
+};
+use crate::driver::{Driver, ModelReader};
 
 /// Messages that wait for the transport, per download.
 const QUEUE_MAX: usize = 2;
@@ -40,22 +41,41 @@ impl<T> Sender<T> {
     }
 }
 
-/// Streams the chunks of a model from `first_chunk` on. The place is given up once all are queued, or the
-/// receiver is cut: the stream itself may lie there for as long as its connection lives.
+/// Which chunks of a model are sent: from `first` on, every `stride`-th.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Selection {
+    first: u32,
+    stride: u32,
+}
+
+impl Selection {
+    /// # Errors
+    /// INVALID_ARGUMENT if the stride is too large. A stride of 0 is one of 1.
+    pub fn new(first: u32, stride: u32) -> Result<Self, Status> {
+        if stride > PARTS_MAX {
+            return Err(Status::invalid_argument(format!("stride: is {stride}; allowed: 0 to {PARTS_MAX}")));
+        }
+        Ok(Self { first, stride: stride.max(1) })
+    }
+}
+
+/// Streams chunks of a model. The place is given up once all are queued, or the receiver is cut: the stream
+/// itself may lie there for as long as its connection lives.
 pub(super) fn model(
     driver: &Arc<Driver>,
+    broadcast: &Arc<Broadcast>,
     reader: ModelReader,
-    first_chunk: u32,
+    selection: Selection,
     place: DownloadPlace,
 ) -> Outbound<DownloadModelResponse> {
     let (queue, outbound) = mpsc::channel(QUEUE_MAX);
-    let driver = driver.clone();
+    let (driver, broadcast) = (driver.clone(), broadcast.clone());
     driver.clone().spawn_task("download", async move {
         let _place = place;
         let sender = Sender { queue: queue.clone(), stall: driver.limits().stall() };
         let run = reader.material.name.clone();
         let mut sent = 0;
-        let result = send_model(&sender, Arc::new(reader), first_chunk, &mut sent).await;
+        let result = send_model(&sender, &broadcast, &Arc::new(reader), selection, &mut sent).await;
         driver.count_traffic(&run, sent, 0);
         if let Err(status) = result {
             // The receiver is told if it still listens; a full queue is one that it does not read.
@@ -67,8 +87,9 @@ pub(super) fn model(
 
 async fn send_model(
     sender: &Sender<DownloadModelResponse>,
-    reader: Arc<ModelReader>,
-    first_chunk: u32,
+    broadcast: &Broadcast,
+    reader: &Arc<ModelReader>,
+    selection: Selection,
     sent: &mut u64,
 ) -> Result<(), Status> {
     let plan = reader.material.plan;
@@ -77,19 +98,15 @@ async fn send_model(
         parameters: plan.parameters(),
         chunk_parameters: plan.chunk_parameters(),
         chunks: plan.chunks(),
-        digest: reader.digest.to_vec(),
-        encoding: Encoding::Fp32.name().to_owned(),
-        base_version: None,
+        digest: reader.digest().to_vec(),
+        encoding: reader.encoding().name().to_owned(),
+        base_version: reader.base_version(),
     };
     sender.send(part(response::Part::Header(header))).await?;
-    for index in first_chunk..plan.chunks() {
-        let chunk_reader = reader.clone();
-        let chunk = spawn_blocking(move || chunk_reader.chunk(index)).await;
-        let chunk = chunk
-            .map_err(|_| Status::internal("the aggregator failed while it read the model; see its log"))?;
-        let (payload, digest) = chunk.map_err(DriverError::from)?;
+    for index in (selection.first..plan.chunks()).step_by(selection.stride as usize) {
+        let Chunk { payload, digest } = broadcast.chunk(reader, index).await?;
         let bytes = payload.len() as u64;
-        let chunk = ModelChunk { index, payload: Bytes::from(payload), digest: digest.to_vec() };
+        let chunk = ModelChunk { index, payload, digest: digest.to_vec() };
         sender.send(part(response::Part::Chunk(chunk))).await?;
         *sent += bytes;
     }

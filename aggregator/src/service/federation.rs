@@ -13,7 +13,10 @@ use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
-    caller, digest, download, next_message,
+    broadcast::Broadcast,
+    caller, digest,
+    download::{self, Selection},
+    next_message,
     places::{Downloads, Uploads, no_room},
     run_name, upload,
 };
@@ -32,6 +35,7 @@ pub struct FederationService {
     driver: Arc<Driver>,
     uploads: Arc<Uploads>,
     downloads: Downloads,
+    broadcast: Arc<Broadcast>,
     probes: Semaphore,
 }
 
@@ -43,7 +47,8 @@ impl FederationService {
         let downloads = Downloads::new(limits.downloads_max);
         // A probe is an upload whose bytes go nowhere; those that count do not wait for it.
         let probes = Semaphore::new(limits.uploads_max);
-        Self { driver, uploads, downloads, probes }
+        let broadcast = Arc::new(Broadcast::new());
+        Self { driver, uploads, downloads, broadcast, probes }
     }
 
     fn site<T>(&self, request: &Request<T>) -> Result<SiteName, Status> {
@@ -176,9 +181,11 @@ impl Federation for FederationService {
         let site = self.site(&request)?;
         let request = request.get_ref();
         let run = run_name(&request.run)?;
-        let reader = self.driver.model_for(&site, &request.session_id, &run, request.version).await?;
+        let selection = Selection::new(request.first_chunk, request.stride)?;
+        let (session, held) = (&request.session_id, request.held_version);
+        let reader = self.driver.model_for(&site, session, &run, request.version, held).await?;
         let place = self.downloads.enter(&site)?;
-        let chunks = download::model(&self.driver, reader, request.first_chunk, place);
+        let chunks = download::model(&self.driver, &self.broadcast, reader, selection, place);
         Ok(Response::new(Box::pin(ReceiverStream::new(chunks))))
     }
 

@@ -1,5 +1,6 @@
 //! The gRPC services: translate, authorise, call the driver. No decisions are made here.
 
+mod broadcast;
 mod download;
 mod federation;
 mod operator;

@@ -173,6 +173,7 @@ impl<'a> Upload<'a> {
             Ok::<_, SpoolError>(delta)
         })
         .await?;
+        driver.chunks_stored(&delta, &delta.held());
         Ok(Self { driver, place, answers, ticket, share, delta, bytes_received: AtomicU64::new(0) })
     }
 
@@ -289,6 +290,7 @@ impl<'a> Upload<'a> {
             let (delta, share) = (self.delta.clone(), self.share);
             let indices = blocking(move || delta.sync(|index| share.has(index))).await?;
             if !indices.is_empty() {
+                self.driver.chunks_stored(&self.delta, &indices);
                 let acknowledged = ChunksAcknowledged { indices, window_bytes: self.place.window_bytes() };
                 // Whoever broke off reads no acknowledgements; the chunks are stored all the same.
                 let _ = answer(self.answers, stall, response::Part::Acknowledged(acknowledged)).await;

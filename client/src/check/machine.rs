@@ -17,9 +17,10 @@ use crate::{
 
 /// Vectors of the model's size that the state directory holds at most: while a round's result is made
 /// durable, the base model, the local checkpoint (parameters and two moments), the site's state before and
-/// after the round (two moments each) and the delta with its replacement; while a checkpoint is replaced,
-/// the base model, two checkpoints and the state before, which is as many or fewer.
-const MODELS_ON_DISK: u64 = 10;
+/// after the round (two moments and what the encoding dropped, each), the delta, and what an interrupted write
+/// of an earlier one has left; while a checkpoint is replaced, the base model, two checkpoints and the state
+/// before, which is fewer; while a model arrives, it and the one before it.
+const MODELS_ON_DISK: u64 = 12;
 /// Free space below which a warning is due when there is no run to compare with.
 const DISK_BYTES_LOW: u64 = 5_000_000_000;
 

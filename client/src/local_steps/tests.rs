@@ -1,12 +1,13 @@
 //! Rounds that are interrupted, trained again, or follow each other.
 
-use consort_common::{ids::Digest, spec::RunSpec};
+use consort_common::{codec::Encoding, ids::Digest, spec::RunSpec};
 use consort_proto::v1::ClientActivity;
 
 use super::*;
 use crate::{
     data::{PrepareRequest, Tokenizer, prepare},
     progress::Reporter,
+    round::keep,
     state::StateDirectory,
     trainer::{Device, set_threads},
     work::RunId,
@@ -33,6 +34,7 @@ const SPEC: &str = r#"
 struct Site {
     material: Arc<Material>,
     base: PathBuf,
+    encoding: Encoding,
     _folder: tempfile::TempDir,
 }
 
@@ -65,7 +67,7 @@ impl Site {
             run,
             spec,
         };
-        Self { material: Arc::new(material), base, _folder: folder }
+        Self { material: Arc::new(material), base, encoding: Encoding::Fp32, _folder: folder }
     }
 
     fn job(&self, round: u32) -> Job {
@@ -81,7 +83,7 @@ impl Site {
                 steps,
                 tokens: self.material.spec.tokens(steps),
                 evaluate_base: false,
-                delta_encoding: consort_common::codec::Encoding::Fp32,
+                delta_encoding: self.encoding,
             },
             base: self.base.clone(),
             checkpoint_interval: Duration::from_secs(3600),
@@ -96,12 +98,20 @@ impl Site {
         Trainer::new(&spec.model, &spec.training, spec.run_steps(), Device::Cpu).unwrap()
     }
 
-    /// Trains a round as it comes, and keeps what the site carries over.
+    /// Trains a round as it comes, and keeps its delta and what the site carries over.
     fn train(&self, trainer: &mut Trainer, round: u32) -> Vec<u32> {
-        let trained = train(trainer, &self.job(round)).unwrap();
+        let job = self.job(round);
+        self.material.directory.begin_round(round).unwrap();
+        let trained = train(trainer, &job).unwrap();
+        let parameters = bits(&trained.parameters);
+        keep(&self.material, &job.task, &self.base, trained).unwrap();
+        parameters
+    }
+
+    /// What a round left on disk: its encoded delta, and what the encoding dropped.
+    fn results(&self, round: u32) -> [Vec<u8>; 2] {
         let directory = &self.material.directory;
-        checkpoint::save(&directory.site_state(round), &trained.progress, &[], &trained.moments).unwrap();
-        bits(&trained.parameters)
+        [directory.delta(round), directory.encoding_error(round)].map(|path| std::fs::read(path).unwrap())
     }
 
     /// Trains `steps` of a round, then leaves a checkpoint, as a daemon that is stopped.
@@ -144,6 +154,21 @@ fn a_round_that_is_trained_again_begins_with_what_the_earlier_round_left() {
     assert_eq!(site.train(&mut trainer, 2), second, "in the same process");
     assert_eq!(site.train(&mut site.trainer(), 2), second, "in another process");
     assert_ne!(site.train(&mut trainer, 1), second);
+}
+
+#[test]
+fn a_round_that_is_computed_again_gives_the_same_delta_and_encoding_error() {
+    let mut site = Site::new("keep");
+    site.encoding = Encoding::TwoBit;
+    let mut trainer = site.trainer();
+    site.train(&mut trainer, 1);
+    site.train(&mut trainer, 2);
+    let second = site.results(2);
+    site.train(&mut site.trainer(), 2);
+    assert_eq!(site.results(2), second, "in another process");
+    site.interrupt(&mut site.trainer(), 2, 3);
+    site.train(&mut site.trainer(), 2);
+    assert_eq!(site.results(2), second, "after an interruption");
 }
 
 #[test]

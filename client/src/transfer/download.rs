@@ -1,38 +1,39 @@
-//! Downloads: a global model into the run's folder, and the run's tokenizer.
+//! Downloads of global models into the run's folder.
+//!
+//! Each connection receives its chunks and hands them to blocking threads, which verify and decode them;
+//! one writer takes them in order and appends them to the file.
 
-use std::{
-    io::SeekFrom,
-    path::{Path, PathBuf},
-};
+use std::{convert::Infallible, path::PathBuf, sync::Arc, sync::PoisonError};
 
 use consort_common::{
-    atomic_file::sync_directory,
     chunk::ChunkPlan,
-    codec::Encoding,
+    codec::{DecodeError, Encoding},
     ids::{Digest, RunName},
 };
 use consort_proto::v1::{
-    DownloadModelRequest, DownloadModelResponse, DownloadTokenizerRequest, ModelChunk, ModelHeader,
-    download_model_response::Part,
+    DownloadModelRequest, DownloadModelResponse, ModelChunk, ModelHeader,
+    download_model_response::Part as Sent, federation_client::FederationClient,
 };
-use tokio::{
-    fs::File,
-    io::{AsyncSeekExt, AsyncWriteExt},
-};
-use tonic::{Status, Streaming};
+use futures::future::{join_all, pending};
+use tokio::{sync::mpsc, task::JoinHandle};
+use tonic::{Status, Streaming, transport::Channel};
 use tracing::warn;
 
-use super::{TransferError, answer, file_error};
+use super::{
+    READ_AHEAD_CHUNKS, TransferError, Transfers, answer, blocking, file_error,
+    part::{Part, publish},
+    rate::RateLimit,
+    verified::Verified,
+};
 use crate::{
-    link::{Link, Session},
+    link::Session,
+    model_file::ModelFile,
     progress::Activity,
     state::{self, RunDirectory},
 };
 
-/// How often a whole model may arrive with a wrong digest before that is said to be the aggregator's fault.
+/// How often a whole model may arrive wrong before that is said to be the aggregator's fault.
 const ATTEMPTS_MAX: u32 = 3;
-/// Largest `tokenizer.json`, in bytes; that of a vocabulary of 256,000 takes about 20 MB.
-const TOKENIZER_BYTES_MAX: u64 = 256 << 20;
 
 /// What is to be downloaded.
 struct Model<'a> {
@@ -42,46 +43,139 @@ struct Model<'a> {
     plan: ChunkPlan,
 }
 
-/// Brings a global model into the run's folder, as flat fp32 little-endian values, and removes older ones.
-/// A model that is there already is verified and used.
-///
-/// # Errors
-/// If the aggregator refuses, offers another model, or the disk fails.
-pub async fn download_model(
-    link: &Link,
-    directory: &RunDirectory,
-    (run, version, digest): (&RunName, u32, Digest),
-    plan: ChunkPlan,
-    activity: &Activity,
-) -> Result<PathBuf, TransferError> {
-    let path = directory.model(version);
-    if has_digest(&path, digest).await? {
-        return Ok(path);
-    }
-    let part = directory.model_part(version);
-    let model = Model { run, version, digest, plan };
-    for _ in 0..ATTEMPTS_MAX {
-        let what = format!("downloading version {version} of the model");
-        // The inner result is what repeating would not mend.
-        link.call(&what, |session| async {
-            match fetch(session, &model, &part, activity).await {
-                Ok(()) => Ok(Ok(())),
-                Err(Stop::Status(status)) => Err(status),
-                Err(Stop::Final(error)) => Ok(Err(error)),
-            }
-        })
-        .await
-        .map_err(|status| TransferError::Refused { what, status })??;
-        if has_digest(&part, digest).await? {
-            publish(&part, &path).await?;
-            directory.keep_only_model(version)?;
+/// The version before, which an update is added to. That the file has its name says that it was verified
+/// when it arrived; should the disk have changed it since, the digest of the result is wrong, and the model
+/// is downloaded whole.
+#[derive(Clone)]
+struct Held {
+    version: u32,
+    file: Arc<ModelFile>,
+}
+
+impl Transfers {
+    /// Brings a global model into the run's folder, as flat fp32 little-endian values, and removes older ones.
+    /// A model that is there already is verified and used; one that this process has verified before is not
+    /// read again for that.
+    ///
+    /// # Errors
+    /// If the aggregator refuses, offers another model, or the disk fails.
+    pub async fn download_model(
+        &self,
+        directory: &RunDirectory,
+        (run, version, digest): (&RunName, u32, Digest),
+        plan: ChunkPlan,
+        activity: &Activity,
+    ) -> Result<PathBuf, TransferError> {
+        let path = directory.model(version);
+        if self.is_there(&path, digest).await? {
             return Ok(path);
         }
-        warn!("the model arrived with a wrong digest; downloading it again");
-        state::remove(&part)?;
+        let part = directory.model_part(version);
+        let model = Model { run, version, digest, plan };
+        let mut held = held(directory, version, plan);
+        for _ in 0..ATTEMPTS_MAX {
+            let what = format!("downloading version {version} of the model");
+            // The inner result is what repeating would not mend.
+            let fetched = self.link.call(&what, |session| async {
+                match self.fetch(session, &model, held.as_ref(), &part, activity).await {
+                    Ok(digest) => Ok(Ok(digest)),
+                    Err(Stop::Status(status)) => Err(status),
+                    Err(Stop::Final(error)) => Ok(Err(Fault::Final(error))),
+                    Err(Stop::Undecodable(index, error)) => Ok(Err(Fault::Undecodable(index, error))),
+                }
+            });
+            match fetched.await.map_err(|status| TransferError::Refused { what, status })? {
+                Ok(found) if found == digest => {
+                    publish(&part, &path)?;
+                    self.note(Verified::note(&path, digest).map_err(file_error("read", &path))?);
+                    directory.keep_only_model(version)?;
+                    return Ok(path);
+                }
+                Ok(_) => warn!("version {version} arrived with a wrong digest; downloading it again"),
+                Err(Fault::Undecodable(index, error)) => {
+                    warn!(
+                        "chunk {index} of version {version} cannot be decoded ({error}); downloading it again"
+                    );
+                }
+                Err(Fault::Final(error)) => return Err(error),
+            }
+            // Whole this time: the version that is held may be what is wrong.
+            held = None;
+            state::remove(&part)?;
+        }
+        let what = format!("version {version} of the model");
+        Err(TransferError::Damaged { what, attempts: ATTEMPTS_MAX, expected: digest })
     }
-    let what = format!("version {version} of the model");
-    Err(TransferError::Damaged { what, attempts: ATTEMPTS_MAX, expected: digest })
+
+    /// Whether the file is there and has this digest.
+    async fn is_there(&self, path: &std::path::Path, digest: Digest) -> Result<bool, TransferError> {
+        let noted = self.verified.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let path = path.to_owned();
+        if noted.is_some_and(|noted| noted.holds(&path, digest)) {
+            return Ok(true);
+        }
+        let hashed = blocking(move || Verified::hash(&path).map_err(file_error("read", &path))).await?;
+        let there = hashed.filter(|hashed| hashed.had(digest));
+        Ok(there.map(|verified| self.note(verified)).is_some())
+    }
+
+    fn note(&self, verified: Verified) {
+        *self.verified.lock().unwrap_or_else(PoisonError::into_inner) = Some(verified);
+    }
+
+    /// One try: the chunks that are missing from `part`, in order; then the digest of the whole.
+    async fn fetch(
+        &self,
+        session: Session,
+        model: &Model<'_>,
+        held: Option<&Held>,
+        part: &std::path::Path,
+        activity: &Activity,
+    ) -> Result<Digest, Stop> {
+        let (path, plan) = (part.to_owned(), model.plan);
+        let part = blocking(move || Part::open(&path, plan)).await?;
+        let first = part.chunks();
+        if first == plan.chunks() {
+            return Ok(blocking(|| part.finish()).await?);
+        }
+        let clients = self.clients(&session, plan.chunks() - first);
+        let read_ahead = (READ_AHEAD_CHUNKS / clients.len()).max(1);
+        // Both have at most 16.
+        #[allow(clippy::cast_possible_truncation)]
+        let stride = clients.len() as u32;
+        let mut queues = Vec::new();
+        let mut connections = Vec::new();
+        for (first, client) in (first..).zip(clients) {
+            let (queue, receiver) = mpsc::channel(read_ahead);
+            queues.push(receiver);
+            let request = DownloadModelRequest {
+                session_id: session.id.clone(),
+                run: model.run.to_string(),
+                version: model.version,
+                first_chunk: first,
+                stride,
+                held_version: held.map(|held| held.version),
+            };
+            connections.push(receive(client, request, model, held, &self.download_limit, queue));
+        }
+        // What stops a connection is told through its queue, after the chunks that came before.
+        let receiving = async {
+            join_all(connections).await;
+            pending::<Infallible>().await
+        };
+        let part = tokio::select! {
+            part = write(part, plan, queues, activity) => part?,
+            never = receiving => match never {},
+        };
+        Ok(blocking(|| part.finish()).await?)
+    }
+}
+
+/// The version before, if it is there.
+fn held(directory: &RunDirectory, version: u32, plan: ChunkPlan) -> Option<Held> {
+    let version = version.checked_sub(1)?;
+    let file = ModelFile::open(&directory.model(version)).ok()?;
+    (file.values().len() as u64 == plan.parameters()).then(|| Held { version, file: Arc::new(file) })
 }
 
 /// Why a try ended.
@@ -90,6 +184,14 @@ enum Stop {
     Status(Status),
     /// Not to be repeated.
     Final(TransferError),
+    /// A chunk is what was announced, and no encoding of values.
+    Undecodable(u32, DecodeError),
+}
+
+/// What repeating the same call would not mend.
+enum Fault {
+    Final(TransferError),
+    Undecodable(u32, DecodeError),
 }
 
 impl From<Status> for Stop {
@@ -104,62 +206,71 @@ impl From<TransferError> for Stop {
     }
 }
 
-/// One try: the chunks that are missing from `part`, in order.
-async fn fetch(
-    mut session: Session,
-    model: &Model<'_>,
-    part: &Path,
-    activity: &Activity,
-) -> Result<(), Stop> {
-    let chunk_bytes = u64::from(model.plan.chunk_parameters()) * 4;
-    let mut file = open(part).await?;
-    let held = file.metadata().await.map_err(file_error("read", part))?.len();
-    // A chunk that was written in part is fetched again; a file that is too long is not ours.
-    let mut next = u32::try_from(held / chunk_bytes).unwrap_or(u32::MAX);
-    if held == model.plan.parameters() * 4 {
-        return Ok(());
-    }
-    if next >= model.plan.chunks() {
-        next = 0;
-    }
-    let position = u64::from(next) * chunk_bytes;
-    file.set_len(position).await.map_err(file_error("shorten", part))?;
-    file.seek(SeekFrom::Start(position)).await.map_err(file_error("write", part))?;
+/// A chunk that is being verified and decoded, or why there is no further one.
+type Arriving = Result<JoinHandle<Result<Vec<f32>, Stop>>, Stop>;
 
-    let request = DownloadModelRequest {
-        session_id: session.id,
-        run: model.run.to_string(),
-        version: model.version,
-        first_chunk: next,
-        stride: 1,
-        held_version: None,
-    };
-    let mut stream = answer(session.client.download_model(request)).await?.into_inner();
-    check_header(&header(&mut stream).await?, model)?;
-    while next < model.plan.chunks() {
-        let chunk = chunk(&mut stream, next).await?;
-        let expected = model.plan.length(next).map_err(TransferError::from)? * 4;
-        check_chunk(&chunk, next, expected)?;
-        file.write_all(&chunk.payload).await.map_err(file_error("write", part))?;
-        next += 1;
-        activity.done_of(u64::from(next) * chunk_bytes, model.plan.parameters() * 4);
+/// Appends the chunks in order; they are dealt out to the queues in turn.
+async fn write(
+    mut part: Part,
+    plan: ChunkPlan,
+    mut queues: Vec<mpsc::Receiver<Arriving>>,
+    activity: &Activity,
+) -> Result<Part, Stop> {
+    let connections = queues.len();
+    for turn in 0.. {
+        if part.chunks() == plan.chunks() {
+            break;
+        }
+        let arriving = queues[turn % connections].recv().await;
+        let decoding =
+            arriving.unwrap_or_else(|| Err(Status::internal("the download ended early").into()))?;
+        let values = decoding.await.map_err(|error| TransferError::Internal(error.to_string()))??;
+        part = blocking(move || part.append(&values).map(|()| part)).await?;
+        let bytes = u64::from(part.chunks()) * u64::from(plan.chunk_parameters()) * 4;
+        activity.done_of(bytes.min(plan.parameters() * 4), plan.parameters() * 4);
     }
-    file.sync_all().await.map_err(file_error("write", part))?;
+    Ok(part)
+}
+
+/// Receives one connection's chunks, and has them verified and decoded.
+async fn receive(
+    client: FederationClient<Channel>,
+    request: DownloadModelRequest,
+    model: &Model<'_>,
+    held: Option<&Held>,
+    limit: &RateLimit,
+    queue: mpsc::Sender<Arriving>,
+) {
+    if let Err(stop) = receive_chunks(client, request, model, held, limit, &queue).await {
+        // Lost only when nobody asks for more.
+        let _ = queue.send(Err(stop)).await;
+    }
+}
+
+async fn receive_chunks(
+    mut client: FederationClient<Channel>,
+    request: DownloadModelRequest,
+    model: &Model<'_>,
+    held: Option<&Held>,
+    limit: &RateLimit,
+    queue: &mpsc::Sender<Arriving>,
+) -> Result<(), Stop> {
+    let indices = (request.first_chunk..model.plan.chunks()).step_by(request.stride as usize);
+    let mut stream = answer(client.download_model(request)).await?.into_inner();
+    let form = Form::new(&header(&mut stream).await?, model, held)?;
+    for index in indices {
+        let chunk = chunk(&mut stream, index).await?;
+        limit.pass(chunk.payload.len()).await;
+        let form = form.clone();
+        let decoding = tokio::task::spawn_blocking(move || form.values(&chunk));
+        if queue.send(Ok(decoding)).await.is_err() {
+            break;
+        }
+    }
     Ok(())
 }
 
-async fn open(part: &Path) -> Result<File, TransferError> {
-    File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .read(true)
-        .open(part)
-        .await
-        .map_err(file_error("open", part))
-}
-
-async fn next_part(stream: &mut Streaming<DownloadModelResponse>) -> Result<Part, Status> {
+async fn next(stream: &mut Streaming<DownloadModelResponse>) -> Result<Sent, Status> {
     answer(stream.message())
         .await?
         .ok_or_else(|| Status::unavailable("the download ended early"))?
@@ -170,119 +281,96 @@ async fn next_part(stream: &mut Streaming<DownloadModelResponse>) -> Result<Part
 }
 
 async fn header(stream: &mut Streaming<DownloadModelResponse>) -> Result<ModelHeader, Status> {
-    match next_part(stream).await? {
-        Part::Header(header) => Ok(header),
-        Part::Chunk(_) => Err(Status::internal("the download begins without a header")),
+    match next(stream).await? {
+        Sent::Header(header) => Ok(header),
+        Sent::Chunk(_) => Err(Status::internal("the download begins without a header")),
     }
 }
 
 async fn chunk(stream: &mut Streaming<DownloadModelResponse>, index: u32) -> Result<ModelChunk, Status> {
-    match next_part(stream).await? {
-        Part::Chunk(chunk) if chunk.index == index => Ok(chunk),
-        Part::Chunk(chunk) => {
+    match next(stream).await? {
+        Sent::Chunk(chunk) if chunk.index == index => Ok(chunk),
+        Sent::Chunk(chunk) => {
             Err(Status::internal(format!("chunk {} came where {index} was due", chunk.index)))
         }
-        Part::Header(_) => Err(Status::internal("a second header came")),
+        Sent::Header(_) => Err(Status::internal("a second header came")),
     }
 }
 
-fn check_header(header: &ModelHeader, model: &Model<'_>) -> Result<(), TransferError> {
-    let plan = model.plan;
-    let expected = ModelHeader {
-        encoding: Encoding::Fp32.name().to_owned(),
-        base_version: None,
-        parameters: plan.parameters(),
-        chunk_parameters: plan.chunk_parameters(),
-        chunks: plan.chunks(),
-        digest: model.digest.to_vec(),
-    };
-    if *header == expected {
-        return Ok(());
-    }
-    Err(TransferError::OtherModel(format!(
-        "it has {} parameters in {} chunks, the specification {} in {}; its digest {} the instruction's",
-        header.parameters,
-        header.chunks,
-        plan.parameters(),
-        plan.chunks(),
-        if header.digest == expected.digest { "is" } else { "is not" },
-    )))
+/// How chunks travel, and what they are added to.
+#[derive(Clone)]
+struct Form {
+    plan: ChunkPlan,
+    encoding: Encoding,
+    base: Option<Arc<ModelFile>>,
 }
 
-/// A damaged chunk is fetched again: the connection is authenticated, so it is a fault and no attack.
-fn check_chunk(chunk: &ModelChunk, index: u32, expected_bytes: usize) -> Result<(), Status> {
-    if chunk.payload.len() != expected_bytes {
-        return Err(Status::data_loss(format!(
-            "chunk {index} has {} bytes instead of {expected_bytes}",
-            chunk.payload.len()
-        )));
-    }
-    if Digest::of(&chunk.payload).as_bytes().as_slice() != chunk.digest {
-        return Err(Status::data_loss(format!("chunk {index} does not have its announced digest")));
-    }
-    Ok(())
-}
-
-/// Whether the file is there and has this digest.
-async fn has_digest(path: &Path, digest: Digest) -> Result<bool, TransferError> {
-    let path = path.to_owned();
-    let error = file_error("read", &path);
-    let hashed = tokio::task::spawn_blocking(move || {
-        if !path.exists() {
-            return Ok(false);
+impl Form {
+    /// Reads the header, which must be of the model that was asked for.
+    fn new(header: &ModelHeader, model: &Model<'_>, held: Option<&Held>) -> Result<Self, TransferError> {
+        let plan = model.plan;
+        let expected = ModelHeader {
+            parameters: plan.parameters(),
+            chunk_parameters: plan.chunk_parameters(),
+            chunks: plan.chunks(),
+            digest: model.digest.to_vec(),
+            encoding: header.encoding.clone(),
+            base_version: header.base_version,
+        };
+        if *header != expected {
+            return Err(TransferError::OtherModel(format!(
+                "it has {} parameters in {} chunks, the specification {} in {}; its digest {} the instruction's",
+                header.parameters,
+                header.chunks,
+                plan.parameters(),
+                plan.chunks(),
+                if header.digest == expected.digest { "is" } else { "is not" },
+            )));
         }
-        let mut hasher = blake3::Hasher::new();
-        hasher.update_mmap_rayon(&path)?;
-        Ok(Digest::from(hasher.finalize()) == digest)
-    });
-    hashed.await.map_err(std::io::Error::other).flatten().map_err(error)
-}
-
-async fn publish(part: &Path, path: &Path) -> Result<(), TransferError> {
-    tokio::fs::rename(part, path).await.map_err(file_error("rename", part))?;
-    path.parent().map_or(Ok(()), sync_directory).map_err(file_error("finish", path))
-}
-
-/// The run's `tokenizer.json`.
-///
-/// # Errors
-/// If the aggregator refuses, or what it sends does not have the announced digest.
-pub async fn download_tokenizer(
-    link: &Link,
-    run: &RunName,
-    digest: Digest,
-    activity: &Activity,
-) -> Result<Vec<u8>, TransferError> {
-    let what = "downloading the tokenizer".to_owned();
-    for _ in 0..ATTEMPTS_MAX {
-        let bytes = link
-            .call(&what, |session| fetch_tokenizer(session, run, activity))
-            .await
-            .map_err(|status| TransferError::Refused { what: what.clone(), status })?;
-        if Digest::of(&bytes) == digest {
-            return Ok(bytes);
-        }
+        let encoding = Encoding::parse(&header.encoding).ok_or_else(|| {
+            let name: String = header.encoding.chars().take(40).collect();
+            TransferError::OtherModel(format!(
+                "it is encoded as {name:?}, which this version does not speak: update consort-client"
+            ))
+        })?;
+        let base = match (header.base_version, held) {
+            (None, _) => None,
+            (Some(base), Some(held)) if base == held.version => Some(held.file.clone()),
+            (Some(base), _) => {
+                return Err(TransferError::OtherModel(format!(
+                    "it is an update of version {base}, which this site did not say that it holds"
+                )));
+            }
+        };
+        Ok(Self { plan, encoding, base })
     }
-    Err(TransferError::Damaged { what: "the tokenizer".to_owned(), attempts: ATTEMPTS_MAX, expected: digest })
-}
 
-async fn fetch_tokenizer(
-    mut session: Session,
-    run: &RunName,
-    activity: &Activity,
-) -> Result<Vec<u8>, Status> {
-    let request = DownloadTokenizerRequest { session_id: session.id, run: run.to_string() };
-    let mut stream = answer(session.client.download_tokenizer(request)).await?.into_inner();
-    let mut bytes = Vec::new();
-    while let Some(part) = answer(stream.message()).await? {
-        if part.offset != bytes.len() as u64 {
-            return Err(Status::internal("a part of the tokenizer is missing"));
+    /// The chunk's part of the new model. A damaged chunk is fetched again: the connection is authenticated,
+    /// so it is a fault and no attack.
+    fn values(&self, chunk: &ModelChunk) -> Result<Vec<f32>, Stop> {
+        let index = chunk.index;
+        let range = self.plan.range(index).map_err(TransferError::from)?;
+        let mut values = vec![0.0; self.plan.length(index).map_err(TransferError::from)?];
+        let expected_bytes = self.encoding.codec().encoded_bytes(values.len());
+        if chunk.payload.len() != expected_bytes {
+            let bytes = chunk.payload.len();
+            let sentence = format!("chunk {index} has {bytes} bytes instead of {expected_bytes}");
+            return Err(Status::data_loss(sentence).into());
         }
-        if part.offset + part.data.len() as u64 > TOKENIZER_BYTES_MAX {
-            return Err(Status::invalid_argument(format!("it is larger than {TOKENIZER_BYTES_MAX} bytes")));
+        if Digest::of(&chunk.payload).as_bytes().as_slice() != chunk.digest {
+            let sentence = format!("chunk {index} does not have its announced digest");
+            return Err(Status::data_loss(sentence).into());
         }
-        bytes.extend_from_slice(&part.data);
-        activity.done_of(bytes.len() as u64, part.file_bytes);
+        let decoded = self.encoding.codec().decode(&chunk.payload, &mut values);
+        decoded.map_err(|error| Stop::Undecodable(index, error))?;
+        if let Some(base) = &self.base {
+            // Its length is the plan's: `held` looked.
+            #[allow(clippy::cast_possible_truncation)]
+            let base = &base.values()[range.start as usize..range.end as usize];
+            for (value, base) in values.iter_mut().zip(base) {
+                *value += base;
+            }
+        }
+        Ok(values)
     }
-    Ok(bytes)
 }

@@ -1,78 +1,42 @@
-//! Uploads: a delta, chunk by chunk, encoded on the way.
+//! Uploads of deltas.
+//!
+//! Each connection takes every so many chunks: blocking threads read and hash a few ahead, and they go as
+//! far as the aggregator's window lets them, while its acknowledgements come.
 
-use std::{collections::BTreeSet, sync::Arc};
-
-use bytes::Bytes;
-use consort_common::{
-    atomic_file::{write_atomically, write_atomically_with},
-    chunk::ChunkPlan,
-    codec::Encoding,
-    ids::{Digest, RunName},
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    future::pending,
+    sync::atomic::{AtomicU64, Ordering},
 };
+
+use consort_common::ids::RunName;
 use consort_proto::v1::{
-    DeltaBegin, DeltaChunk, DeltaFinish, UploadDeltaRequest, UploadDeltaResponse, upload_delta_request,
-    upload_delta_response::Part,
+    DeltaBegin, DeltaChunk, DeltaFinish, UploadDeltaRequest, UploadDeltaResponse,
+    federation_client::FederationClient, upload_delta_request as request,
+    upload_delta_response::Part as Answer,
 };
-use rand::RngCore;
-use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc;
+use futures::{
+    StreamExt,
+    future::try_join_all,
+    stream::{self, Stream},
+};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, timeout_at},
+};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Status, Streaming, transport::Channel};
 
-use super::{TransferError, answer, file_error};
-use crate::{
-    link::{Link, Session},
-    model_file::ModelFile,
-    progress::Activity,
-    state::{self, RunDirectory},
+use super::{
+    READ_AHEAD_CHUNKS, SILENCE_MAX, TransferError, Transfers, answer,
+    delta::{Delta, DeltaDescription},
+    rate::RateLimit,
+    silence,
 };
+use crate::{link::Session, progress::Activity};
 
-/// Chunks that may be on their way unacknowledged. Sketch: at 4 MiB each, 32 MiB fill 1 Gbit/s over a
-/// round trip of 250 ms, the aggregator's fsync included.
-const UNACKNOWLEDGED_MAX: usize = 8;
-
-/// What is to be said of a delta, besides its values.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DeltaDescription {
-    /// The round that it is of.
-    pub round: u32,
-    /// The run's specification.
-    pub spec_digest: Digest,
-    /// The tensors.
-    pub manifest_digest: Digest,
-    /// The model that training started from.
-    pub base_digest: Digest,
-    /// The run's cumulative step before the round.
-    pub first_step: u64,
-    /// Local steps taken.
-    pub steps: u32,
-    /// Tokens trained.
-    pub tokens: u64,
-    /// Mean loss over the round, in nats per token.
-    pub train_loss: f64,
-    /// Seconds of local training.
-    pub train_seconds: f64,
-    /// L2 norm of the values.
-    pub norm: f64,
-    /// BLAKE3 of the values, fp32 little-endian.
-    pub digest: Digest,
-    /// How it travels.
-    pub encoding: Encoding,
-    /// Total of the encoded chunks, in bytes.
-    pub encoded_bytes: u64,
-    /// Drawn once; names the delta towards the aggregator.
-    pub delta_id: [u8; 16],
-}
-
-/// A round's delta, on disk.
-#[derive(Debug, Clone)]
-pub struct Delta {
-    /// What is to be said of it.
-    pub description: DeltaDescription,
-    plan: ChunkPlan,
-    values: Arc<ModelFile>,
-}
+/// Messages that lie ready for the connection; what they weigh counts as under way.
+const MESSAGES_READY_MAX: usize = 2;
 
 /// What became of an upload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,141 +47,95 @@ pub enum UploadOutcome {
     Duplicate,
 }
 
-impl Delta {
-    /// Makes the values durable. The delta is not there before [`describe`](Self::describe) has added
-    /// its description.
+/// Whether the aggregator says that the round is over, or that the run is another one by now.
+pub fn is_too_late(error: &TransferError) -> bool {
+    matches!(error, TransferError::Refused { status, .. } if status.code() == Code::FailedPrecondition)
+}
+
+impl Transfers {
+    /// Sends a delta until the aggregator has accepted it or refuses it for good.
     ///
     /// # Errors
-    /// If the disk fails.
-    pub fn write_values(
-        directory: &RunDirectory,
-        round: u32,
-        values: &[f32],
-    ) -> Result<Digest, TransferError> {
-        let path = directory.delta(round);
-        // Little-endian machines only: the same assumption as in libtorch's own files.
-        let bytes: &[u8] = bytemuck::cast_slice(values);
-        write_atomically_with(&path, |file| std::io::Write::write_all(file, bytes))
-            .map_err(file_error("write", &path))?;
-        Ok(Digest::of_parallel(bytes))
-    }
-
-    /// Adds the description: from now on the delta is there, and stays until it is removed.
-    ///
-    /// # Errors
-    /// If the disk fails.
-    pub fn describe(directory: &RunDirectory, description: &DeltaDescription) -> Result<(), TransferError> {
-        let path = directory.delta_description(description.round);
-        let json = serde_json::to_vec_pretty(description).unwrap_or_default();
-        write_atomically(&path, &json).map_err(file_error("write", &path))
-    }
-
-    /// The delta of `round`, if it is there, whole and undamaged.
-    pub fn open(directory: &RunDirectory, round: u32, plan: ChunkPlan) -> Option<Self> {
-        let description = std::fs::read(directory.delta_description(round)).ok()?;
-        let description: DeltaDescription = serde_json::from_slice(&description).ok()?;
-        let values = ModelFile::open(&directory.delta(round)).ok()?;
-        let whole = values.values().len() as u64 == plan.parameters()
-            && Digest::of_parallel(values.bytes()) == description.digest;
-        whole.then(|| Self { description, plan, values: Arc::new(values) })
-    }
-
-    /// Removes the delta of `round`.
-    ///
-    /// # Errors
-    /// If the disk fails.
-    pub fn remove(directory: &RunDirectory, round: u32) -> Result<(), TransferError> {
-        state::remove(&directory.delta_description(round))?;
-        Ok(state::remove(&directory.delta(round))?)
-    }
-
-    fn encode(&self, index: u32) -> Result<DeltaChunk, TransferError> {
-        let range = self.plan.range(index)?;
-        // Both ends are inside the file, whose length `open` compared with the plan.
-        #[allow(clippy::cast_possible_truncation)]
-        let values = &self.values.values()[range.start as usize..range.end as usize];
-        let payload = self.description.encoding.encode(values);
-        let digest = Digest::of(&payload).to_vec();
-        Ok(DeltaChunk { index, payload: Bytes::from(payload), digest })
-    }
-}
-
-/// Total length of the encoded chunks, in bytes.
-pub fn encoded_bytes(values: &[f32], plan: ChunkPlan, encoding: Encoding) -> u64 {
-    let lengths = values.chunks(plan.chunk_parameters() as usize);
-    lengths.map(|chunk| encoding.codec().encoded_bytes(chunk.len()) as u64).sum()
-}
-
-/// A name for a new delta.
-pub fn draw_delta_id() -> [u8; 16] {
-    let mut id = [0; 16];
-    rand::rng().fill_bytes(&mut id);
-    id
-}
-
-/// Sends a delta until the aggregator has accepted it or refuses it for good.
-///
-/// # Errors
-/// [`TransferError::Refused`] with the aggregator's status: `FAILED_PRECONDITION` when the round is over.
-pub async fn upload_delta(
-    link: &Link,
-    run: &RunName,
-    delta: &Delta,
-    activity: &Activity,
-) -> Result<UploadOutcome, TransferError> {
-    let what = format!("uploading the delta of round {}", delta.description.round);
-    link.call(&what, |session| send(session, run, delta, activity))
-        .await
-        .map_err(|status| TransferError::Refused { what, status })
-}
-
-/// One try: whatever the aggregator does not hold yet.
-async fn send(
-    session: Session,
-    run: &RunName,
-    delta: &Delta,
-    activity: &Activity,
-) -> Result<UploadOutcome, Status> {
-    let mut upload = Upload::open(session, run, delta).await?;
-    let held = match upload.answer().await? {
-        Part::Resume(resume) => resume.held,
-        Part::Accepted(accepted) => return Ok(outcome(accepted.duplicate)),
-        Part::Acknowledged(_) => return Err(unexpected("acknowledged a chunk before any was sent")),
-    };
-    let chunks = delta.plan.chunks();
-    let mut missing = missing(chunks, &held).into_iter();
-    let mut unacknowledged = BTreeSet::new();
-    let mut acknowledged = u64::from(chunks) - missing.len() as u64;
-    loop {
-        activity.done(delta.description.encoded_bytes * acknowledged / u64::from(chunks).max(1));
-        while unacknowledged.len() < UNACKNOWLEDGED_MAX
-            && let Some(index) = missing.next()
-        {
-            let delta = delta.clone();
-            let encoded = tokio::task::spawn_blocking(move || delta.encode(index)).await;
-            let chunk = encoded
-                .map_err(|error| Status::internal(error.to_string()))?
-                .map_err(|error| Status::invalid_argument(error.to_string()))?;
-            upload.send(upload_delta_request::Part::Chunk(chunk)).await?;
-            unacknowledged.insert(index);
-        }
-        if unacknowledged.is_empty() {
-            break;
-        }
-        match upload.answer().await? {
-            Part::Acknowledged(chunks) => {
-                for index in chunks.indices {
-                    if !unacknowledged.remove(&index) {
-                        return Err(unexpected("acknowledged a chunk that was not sent"));
-                    }
-                    acknowledged += 1;
-                }
+    /// [`TransferError::Refused`] with the aggregator's status: `FAILED_PRECONDITION` when the round is over.
+    pub async fn upload_delta(
+        &self,
+        run: &RunName,
+        delta: &Delta,
+        activity: &Activity,
+    ) -> Result<UploadOutcome, TransferError> {
+        let what = format!("uploading the delta of round {}", delta.description.round);
+        let sent = self.link.call(&what, |session| async {
+            match self.send(session, run, delta, activity).await {
+                Ok(outcome) | Err(Stop::Accepted(outcome)) => Ok(outcome),
+                Err(Stop::Status(status)) => Err(status),
             }
-            Part::Accepted(accepted) => return Ok(outcome(accepted.duplicate)),
-            Part::Resume(_) => return Err(unexpected("began to resume twice")),
+        });
+        sent.await.map_err(|status| TransferError::Refused { what, status })
+    }
+
+    /// One try: whatever the aggregator does not hold yet.
+    async fn send(
+        &self,
+        session: Session,
+        run: &RunName,
+        delta: &Delta,
+        activity: &Activity,
+    ) -> Result<UploadOutcome, Stop> {
+        let mut clients = self.clients(&session, delta.chunks()).into_iter();
+        // There are at most 16.
+        #[allow(clippy::cast_possible_truncation)]
+        let parts = clients.len() as u32;
+        let begin = |part| DeltaBegin { part, parts, ..begin(&session, run, delta) };
+        // The first alone: it is told whether there is anything to send.
+        let mut opened = Vec::new();
+        if let Some(client) = clients.next() {
+            opened.push(Part::open(client, begin(0), delta).await?);
+        }
+        let others = (1..).zip(clients).map(|(part, client)| Part::open(client, begin(part), delta));
+        opened.extend(try_join_all(others).await?);
+
+        let missing_bytes: u64 = opened.iter().map(|part| part.missing_bytes).sum();
+        let progress = Progress { activity, done: AtomicU64::new(delta.encoded_bytes() - missing_bytes) };
+        let read_ahead = (READ_AHEAD_CHUNKS / opened.len().max(1)).max(1);
+        let deliver = |part: Part| part.deliver(delta, read_ahead, &self.upload_limit, &progress);
+        // All calls stay open to the end: one that is dropped early looks like a lost connection.
+        let mut delivered = try_join_all(opened.into_iter().map(deliver)).await?;
+        match delivered.first_mut() {
+            Some(first) => first.finish(&delta.description).await,
+            None => Err(unexpected("has no connection").into()),
         }
     }
-    upload.finish(&delta.description).await
+}
+
+fn begin(session: &Session, run: &RunName, delta: &Delta) -> DeltaBegin {
+    let description = &delta.description;
+    DeltaBegin {
+        session_id: session.id.clone(),
+        run: run.to_string(),
+        round: description.round,
+        spec_digest: description.spec_digest.to_vec(),
+        manifest_digest: description.manifest_digest.to_vec(),
+        encoding: description.encoding.name().to_owned(),
+        chunks: delta.chunks(),
+        total_bytes: delta.encoded_bytes(),
+        delta_id: description.delta_id.to_vec(),
+        part: 0,
+        parts: 1,
+    }
+}
+
+/// Why a try ended before its last message.
+enum Stop {
+    /// To be judged by its code.
+    Status(Status),
+    /// There is nothing more to do.
+    Accepted(UploadOutcome),
+}
+
+impl From<Status> for Stop {
+    fn from(status: Status) -> Self {
+        Self::Status(status)
+    }
 }
 
 fn outcome(duplicate: bool) -> UploadOutcome {
@@ -228,58 +146,222 @@ fn unexpected(what: &str) -> Status {
     Status::internal(format!("the aggregator {what}"))
 }
 
-/// The chunks that the aggregator lacks, ascending.
-pub(super) fn missing(chunks: u32, held: &[u32]) -> Vec<u32> {
-    let held: BTreeSet<u32> = held.iter().copied().collect();
-    (0..chunks).filter(|index| !held.contains(index)).collect()
+/// Bytes that the aggregator holds, of all connections.
+struct Progress<'a> {
+    activity: &'a Activity,
+    done: AtomicU64,
 }
 
-/// Both directions of one upload call.
-struct Upload {
+impl Progress<'_> {
+    fn add(&self, bytes: u64) {
+        let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        self.activity.done(done);
+    }
+}
+
+/// What is under way on one connection, and how much may be.
+struct Window {
+    bytes_max: u64,
+    /// Chunks that were sent and are not acknowledged, with their lengths.
+    unacknowledged: BTreeMap<u32, u64>,
+    bytes: u64,
+    /// When a chunk last went or was acknowledged.
+    moved: Instant,
+}
+
+impl Window {
+    fn new(bytes_max: u64) -> Self {
+        Self { bytes_max, unacknowledged: BTreeMap::new(), bytes: 0, moved: Instant::now() }
+    }
+
+    fn admits(&self, bytes: u64) -> bool {
+        self.unacknowledged.is_empty() || self.bytes + bytes <= self.bytes_max
+    }
+
+    fn send(&mut self, index: u32, bytes: u64) {
+        self.unacknowledged.insert(index, bytes);
+        self.bytes += bytes;
+        self.moved = Instant::now();
+    }
+
+    /// The chunk's length, if it was under way.
+    fn acknowledge(&mut self, index: u32) -> Option<u64> {
+        let bytes = self.unacknowledged.remove(&index)?;
+        self.bytes -= bytes;
+        self.moved = Instant::now();
+        Some(bytes)
+    }
+
+    /// When the other side will have said nothing for too long, if it owes an answer.
+    fn patience_ends(&self) -> Option<Instant> {
+        (!self.unacknowledged.is_empty()).then(|| self.moved + SILENCE_MAX)
+    }
+}
+
+/// One connection's share of an upload: both directions of one call.
+struct Part {
     requests: mpsc::Sender<UploadDeltaRequest>,
+    answers: Streaming<UploadDeltaResponse>,
+    number: u32,
+    missing: Vec<u32>,
+    missing_bytes: u64,
+    window: watch::Sender<Window>,
+}
+
+/// A share whose chunks are all acknowledged; the first can still say that the delta is whole.
+struct Delivered {
+    requests: Option<mpsc::Sender<UploadDeltaRequest>>,
     answers: Streaming<UploadDeltaResponse>,
 }
 
-impl Upload {
-    async fn open(mut session: Session, run: &RunName, delta: &Delta) -> Result<Self, Status> {
-        // Room for every message that can be under way: sending never waits while an answer is due.
-        let (requests, receiver) = mpsc::channel(UNACKNOWLEDGED_MAX + 2);
-        let description = &delta.description;
-        let begin = DeltaBegin {
-            session_id: session.id,
-            run: run.to_string(),
-            round: description.round,
-            spec_digest: description.spec_digest.to_vec(),
-            manifest_digest: description.manifest_digest.to_vec(),
-            encoding: description.encoding.name().to_owned(),
-            chunks: delta.plan.chunks(),
-            total_bytes: description.encoded_bytes,
-            delta_id: description.delta_id.to_vec(),
-            part: 0,
-            parts: 1,
-        };
-        let begin = UploadDeltaRequest { part: Some(upload_delta_request::Part::Begin(begin)) };
+impl Part {
+    async fn open(
+        mut client: FederationClient<Channel>,
+        begin: DeltaBegin,
+        delta: &Delta,
+    ) -> Result<Self, Stop> {
+        let (requests, receiver) = mpsc::channel(MESSAGES_READY_MAX);
+        let (number, parts) = (begin.part, begin.parts);
         // The channel is empty and its other end is here.
-        let _ = requests.send(begin).await;
-        let answers = answer(session.client.upload_delta(ReceiverStream::new(receiver))).await?.into_inner();
-        Ok(Self { requests, answers })
+        let _ = requests.send(message(request::Part::Begin(begin))).await;
+        let call = client.upload_delta(ReceiverStream::new(receiver));
+        let mut answers = answer(call).await?.into_inner();
+        let resume = match understood(answer(answers.message()).await?)? {
+            Answer::Resume(resume) => resume,
+            Answer::Accepted(accepted) => return Err(Stop::Accepted(outcome(accepted.duplicate))),
+            Answer::Acknowledged(_) => {
+                return Err(unexpected("acknowledged a chunk before any was sent").into());
+            }
+        };
+        let missing = missing(delta.chunks(), number, parts, &resume.held);
+        let missing_bytes = missing.iter().map(|index| delta.chunk_bytes(*index).unwrap_or_default() as u64);
+        let missing_bytes = missing_bytes.sum();
+        let window = watch::Sender::new(Window::new(resume.window_bytes));
+        Ok(Self { requests, answers, number, missing, missing_bytes, window })
     }
 
-    async fn send(&self, part: upload_delta_request::Part) -> Result<(), Status> {
-        // A call that has ended takes no more; why it ended is among the answers.
-        let _ = self.requests.send(UploadDeltaRequest { part: Some(part) }).await;
-        Ok(())
+    /// Sends what is missing; returns once all of it is acknowledged.
+    async fn deliver(
+        self,
+        delta: &Delta,
+        read_ahead: usize,
+        limit: &RateLimit,
+        progress: &Progress<'_>,
+    ) -> Result<Delivered, Stop> {
+        let Self { requests, mut answers, number, missing, window, .. } = self;
+        let chunks = missing.len();
+        let chunks_to_send = hashed(delta, missing, read_ahead);
+        tokio::try_join!(
+            send_chunks(chunks_to_send, limit, &window, &requests),
+            receive_acknowledgements(&mut answers, chunks, &window, progress),
+        )?;
+        // The others have said all that they have to say.
+        let requests = (number == 0).then_some(requests);
+        Ok(Delivered { requests, answers })
     }
+}
 
-    async fn answer(&mut self) -> Result<Part, Status> {
-        answer(self.answers.message())
-            .await?
-            .ok_or_else(|| Status::unavailable("the upload ended early"))?
-            .part
-            .ok_or_else(|| unexpected("sent an answer of a kind that this version does not know"))
+/// The chunks in order, the next few of them read and hashed ahead.
+fn hashed(
+    delta: &Delta,
+    indices: Vec<u32>,
+    read_ahead: usize,
+) -> impl Stream<Item = Result<DeltaChunk, Status>> {
+    let delta = delta.clone();
+    let read = move |index| {
+        let delta = delta.clone();
+        async move {
+            let read = tokio::task::spawn_blocking(move || delta.chunk(index)).await;
+            let read = read.map_err(|error| Status::internal(error.to_string()))?;
+            read.map_err(|error| Status::invalid_argument(error.to_string()))
+        }
+    };
+    stream::iter(indices).map(read).buffered(read_ahead)
+}
+
+/// Sends each chunk as soon as the window and the site's limit admit it.
+async fn send_chunks(
+    chunks: impl Stream<Item = Result<DeltaChunk, Status>>,
+    limit: &RateLimit,
+    window: &watch::Sender<Window>,
+    requests: &mpsc::Sender<UploadDeltaRequest>,
+) -> Result<(), Stop> {
+    let mut chunks = std::pin::pin!(chunks);
+    let mut admitted = window.subscribe();
+    while let Some(chunk) = chunks.next().await {
+        let chunk = chunk?;
+        let bytes = chunk.payload.len();
+        // The window's other end is here: it cannot be closed.
+        let _ = admitted.wait_for(|window| window.admits(bytes as u64)).await;
+        limit.pass(bytes).await;
+        window.send_modify(|window| window.send(chunk.index, bytes as u64));
+        if requests.send(message(request::Part::Chunk(chunk))).await.is_err() {
+            // A call that has ended takes no more; why it ended is among the answers.
+            pending::<()>().await;
+        }
     }
+    Ok(())
+}
 
-    async fn finish(mut self, description: &DeltaDescription) -> Result<UploadOutcome, Status> {
+/// Takes acknowledgements until there are so many.
+async fn receive_acknowledgements(
+    answers: &mut Streaming<UploadDeltaResponse>,
+    chunks: usize,
+    window: &watch::Sender<Window>,
+    progress: &Progress<'_>,
+) -> Result<(), Stop> {
+    let mut acknowledged = 0;
+    while acknowledged < chunks {
+        match next_answer(answers, window).await? {
+            Answer::Acknowledged(acknowledgement) => {
+                let mut bytes = Some(0);
+                window.send_modify(|window| {
+                    window.bytes_max = acknowledgement.window_bytes;
+                    for index in &acknowledgement.indices {
+                        bytes = bytes.zip(window.acknowledge(*index)).map(|(sum, bytes)| sum + bytes);
+                    }
+                });
+                progress.add(bytes.ok_or_else(|| unexpected("acknowledged a chunk that was not sent"))?);
+                acknowledged += acknowledgement.indices.len();
+            }
+            Answer::Accepted(accepted) => return Err(Stop::Accepted(outcome(accepted.duplicate))),
+            Answer::Resume(_) => return Err(unexpected("began to resume twice").into()),
+        }
+    }
+    Ok(())
+}
+
+/// The next answer. As long as nothing is under way none is due, and the wait has no end.
+async fn next_answer(
+    answers: &mut Streaming<UploadDeltaResponse>,
+    window: &watch::Sender<Window>,
+) -> Result<Answer, Status> {
+    loop {
+        let due = window.borrow().patience_ends();
+        let until = due.unwrap_or_else(|| Instant::now() + SILENCE_MAX);
+        match timeout_at(until, answers.message()).await {
+            Ok(answer) => return understood(answer?),
+            // Chunks that went in the meantime have a time of their own.
+            Err(_) if due.is_some() && due == window.borrow().patience_ends() => return Err(silence()),
+            Err(_) => {}
+        }
+    }
+}
+
+fn understood(answer: Option<UploadDeltaResponse>) -> Result<Answer, Status> {
+    answer
+        .ok_or_else(|| Status::unavailable("the upload ended early"))?
+        .part
+        .ok_or_else(|| unexpected("sent an answer of a kind that this version does not know"))
+}
+
+fn message(part: request::Part) -> UploadDeltaRequest {
+    UploadDeltaRequest { part: Some(part) }
+}
+
+impl Delivered {
+    /// Says that all is there.
+    async fn finish(&mut self, description: &DeltaDescription) -> Result<UploadOutcome, Stop> {
         let finish = DeltaFinish {
             steps: description.steps,
             tokens: description.tokens,
@@ -287,15 +369,19 @@ impl Upload {
             train_seconds: description.train_seconds,
             delta_norm: description.norm,
         };
-        self.send(upload_delta_request::Part::Finish(finish)).await?;
-        match self.answer().await? {
-            Part::Accepted(accepted) => Ok(outcome(accepted.duplicate)),
-            _ => Err(unexpected("did not answer the end of the upload")),
+        if let Some(requests) = &self.requests {
+            // Where the call has ended, the answers say why.
+            let _ = requests.send(message(request::Part::Finish(finish))).await;
+        }
+        match understood(answer(self.answers.message()).await?)? {
+            Answer::Accepted(accepted) => Ok(outcome(accepted.duplicate)),
+            _ => Err(unexpected("did not answer the end of the upload").into()),
         }
     }
 }
 
-/// Whether the aggregator says that the round is over, or that the run is another one by now.
-pub fn is_too_late(error: &TransferError) -> bool {
-    matches!(error, TransferError::Refused { status, .. } if status.code() == Code::FailedPrecondition)
+/// The chunks of a part that the aggregator lacks, ascending.
+pub(super) fn missing(chunks: u32, part: u32, parts: u32, held: &[u32]) -> Vec<u32> {
+    let held: BTreeSet<u32> = held.iter().copied().collect();
+    (part..chunks).step_by(parts.max(1) as usize).filter(|index| !held.contains(index)).collect()
 }

@@ -8,7 +8,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
-    io::{self, Write},
+    io::{self, Read, Write},
     os::unix::fs::FileExt,
 };
 
@@ -27,7 +27,7 @@ const _: () = assert!(cfg!(target_endian = "little"), "checkpoints are written o
 const LENGTH_BYTES: u64 = 8;
 /// The limit of the format's own reader.
 const HEADER_BYTES_MAX: u64 = 100_000_000;
-/// Bytes read and converted at a time; a multiple of every dtype's size.
+/// Bytes read and written at a time; a multiple of every dtype's size.
 const BLOCK_BYTES: usize = 1 << 20;
 /// Names listed in an error.
 const NAMES_SHOWN_MAX: usize = 20;
@@ -58,21 +58,30 @@ fn shown(problems: &[String]) -> String {
     text
 }
 
-/// Writes the whole file and returns its length in bytes.
+/// Writes the whole file, with the flat vector's bytes as they come from `values`, and returns its length in
+/// bytes.
 pub(super) fn write(
     file: &mut File,
     manifest: &Manifest,
-    flat: &[f32],
+    values: &mut dyn Read,
     metadata: &BTreeMap<String, String>,
 ) -> io::Result<u64> {
     let mut header = serde_json::to_vec(&Header { manifest, metadata })?;
     // The format asks for data that begin at a multiple of 8.
     header.resize(header.len().next_multiple_of(8), b' ');
-    let values: &[u8] = bytemuck::cast_slice(flat);
     file.write_all(&(header.len() as u64).to_le_bytes())?;
     file.write_all(&header)?;
-    file.write_all(values)?;
-    Ok(LENGTH_BYTES + header.len() as u64 + values.len() as u64)
+    let mut block = vec![0; BLOCK_BYTES];
+    for tensor in manifest.tensors() {
+        let mut bytes_left = tensor.parameters() * size_of::<f32>();
+        while bytes_left > 0 {
+            let piece = &mut block[..bytes_left.min(BLOCK_BYTES)];
+            values.read_exact(piece)?;
+            file.write_all(piece)?;
+            bytes_left -= piece.len();
+        }
+    }
+    Ok(LENGTH_BYTES + header.len() as u64 + manifest.parameters() * size_of::<f32>() as u64)
 }
 
 struct Header<'a> {

@@ -151,6 +151,18 @@ fn a_vector_of_another_length_is_refused_and_nothing_is_written() {
 }
 
 #[test]
+fn a_vector_that_ends_early_leaves_the_directory_as_it_was() {
+    let root = tempfile::tempdir().unwrap();
+    let directory = root.path().join("round-1");
+    let flat = write_byte_model(&directory, &gpt2());
+    let mut values = &bytemuck::cast_slice(&flat)[4..];
+    let error = write_from(&directory, &gpt2(), &mut values, "{}", "<end>", 3, &BTreeMap::new()).unwrap_err();
+    assert!(error.to_string().contains("model.safetensors"), "{error}");
+    assert_eq!(read(&directory).unwrap().flat, flat);
+    assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1, "nothing lies beside it");
+}
+
+#[test]
 fn half_precision_is_widened() {
     let flat = llama(true).manifest().initialise(1);
     let as_bf16 = tensors(&llama(true), Dtype::BF16, |value| bf16::from_f32(value).to_le_bytes().to_vec());

@@ -8,40 +8,64 @@ use rayon::prelude::*;
 
 use super::{Init, Manifest};
 
+/// Values that one task fills at a time.
+const PIECE: usize = 1 << 16;
+
 pub(super) fn flat_vector(manifest: &Manifest, seed: u64) -> Vec<f32> {
     let mut flat =
         vec![0.0; usize::try_from(manifest.parameters()).expect("a vector fits the address space")];
-    let mut rest = flat.as_mut_slice();
-    let mut work = Vec::new();
-    for (stream, tensor) in manifest.tensors.iter().enumerate() {
-        let (values, tail) = rest.split_at_mut(tensor.parameters());
-        work.push((stream as u64, tensor.init, values));
-        rest = tail;
-    }
-    work.into_par_iter().for_each(|(stream, init, values)| match init {
-        Init::Zeros => {}
-        Init::Ones => values.fill(1.0),
-        Init::Normal(deviation) => fill_normal(values, deviation, seed, stream),
-    });
+    let pieces = flat.par_chunks_mut(PIECE).enumerate();
+    pieces.for_each(|(index, piece)| fill(manifest, seed, (index * PIECE) as u64, piece));
     flat
 }
 
-/// Box and Muller, "A Note on the Generation of Random Normal Deviates" (1958): two uniforms give two
-/// normals.
+/// Fills `values` with what the flat vector holds from `start` on. Every normal has its own place in its
+/// tensor's stream, so that any piece can be made without the ones before it.
+pub(super) fn fill(manifest: &Manifest, seed: u64, start: u64, values: &mut [f32]) {
+    let end = start + values.len() as u64;
+    let mut tensor_start = 0;
+    for (stream, tensor) in manifest.tensors.iter().enumerate() {
+        let tensor_end = tensor_start + tensor.parameters() as u64;
+        let (from, to) = (tensor_start.max(start), tensor_end.min(end));
+        if from < to {
+            #[allow(clippy::cast_possible_truncation)] // both are inside `values`
+            let piece = &mut values[(from - start) as usize..(to - start) as usize];
+            match tensor.init {
+                Init::Zeros => piece.fill(0.0),
+                Init::Ones => piece.fill(1.0),
+                Init::Normal(deviation) => {
+                    fill_normal(piece, deviation, seed, stream as u64, from - tensor_start);
+                }
+            }
+        }
+        tensor_start = tensor_end;
+    }
+}
+
+/// Fills `values`, which are not empty, with the tensor's normals from its `first` on: Box and Muller, "A Note on the Generation
+/// of Random Normal Deviates" (1958), in which two uniforms give two normals.
 #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)]
-fn fill_normal(values: &mut [f32], deviation: f64, seed: u64, stream: u64) {
+fn fill_normal(values: &mut [f32], deviation: f64, seed: u64, stream: u64, first: u64) {
+    /// 32-bit words of the generator that a pair of normals takes.
+    const PAIR_WORDS: u128 = 4;
+    /// 53 random bits are a number below 1.
+    const SCALE: f64 = 1.0 / (1u64 << 53) as f64;
     let mut generator = ChaCha8Rng::seed_from_u64(seed);
     generator.set_stream(stream);
-    // 53 random bits; the first uniform is in (0, 1] so that its logarithm is finite.
+    generator.set_word_pos(u128::from(first / 2) * PAIR_WORDS);
     let mut bits = move || (generator.next_u64() >> 11) as f64;
-    const SCALE: f64 = 1.0 / (1u64 << 53) as f64;
-    for pair in values.chunks_mut(2) {
+    let mut pair = move || {
+        // The first uniform is in (0, 1] so that its logarithm is finite.
         let radius = deviation * libm::sqrt(-2.0 * libm::log((bits() + 1.0) * SCALE));
         let angle = std::f64::consts::TAU * (bits() * SCALE);
-        pair[0] = (radius * libm::cos(angle)) as f32;
-        if let Some(second) = pair.get_mut(1) {
-            *second = (radius * libm::sin(angle)) as f32;
-        }
+        [(radius * libm::cos(angle)) as f32, (radius * libm::sin(angle)) as f32]
+    };
+    let (second, pairs) = values.split_at_mut((first % 2) as usize);
+    for value in second {
+        *value = pair()[1];
+    }
+    for values in pairs.chunks_mut(2) {
+        values.copy_from_slice(&pair()[..values.len()]);
     }
 }
 
@@ -69,6 +93,21 @@ mod tests {
             [digest(&llama, 1), digest(&llama, 2), digest(&gpt2, 1)],
             ["c92f54190d7f", "1655e0116ab0", "5d5e318eebdb"]
         );
+    }
+
+    #[test]
+    fn any_piece_is_filled_as_in_the_whole() {
+        let manifest =
+            Architecture::Gpt2(Gpt2Config { n_embd: 16, n_layer: 1, ..Gpt2Config::default() }).manifest();
+        let whole = manifest.initialise(1);
+        for length in [1, 3, 250, 4096] {
+            for start in (0..whole.len()).step_by(997) {
+                let end = (start + length).min(whole.len());
+                let mut piece = vec![f32::NAN; end - start];
+                manifest.fill_initial(1, start as u64, &mut piece);
+                assert_eq!(piece, whole[start..end], "{length} values from {start}");
+            }
+        }
     }
 
     #[test]

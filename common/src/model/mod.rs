@@ -95,6 +95,12 @@ impl Manifest {
     pub fn initialise(&self, seed: u64) -> Vec<f32> {
         init::flat_vector(self, seed)
     }
+
+    /// Fills `values` with what [`Manifest::initialise`] gives from the position `start` on, for a vector
+    /// that is made piece by piece.
+    pub fn fill_initial(&self, seed: u64, start: u64, values: &mut [f32]) {
+        init::fill(self, seed, start, values);
+    }
 }
 
 /// What every architecture tells, whatever its layers are.

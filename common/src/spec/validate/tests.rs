@@ -94,7 +94,7 @@ outer.optimizer.momentum is not a known key; none is allowed here
 outer.weighting is "token"; allowed: "tokens", "uniform"
 participation.quorum is 4; allowed: 0 to participation.clients_per_round = 3
 participation.quorum is 4; allowed: 0 to participation.minimum_clients = 2, with which a round begins
-wire.delta_encoding is 16; allowed: "fp32", "bf16"
+wire.delta_encoding is 16; allowed: "fp32", "bf16", "fp16", "int8", "e3m0", "2bit", "topk"
 wire.model_encoding is "int8"; allowed: "fp32", "bf16", or a delta encoding followed by "-update", as in "bf16-update"
 wire.chunk_parameters is 100; allowed: 1024 to 1048576
 evaluation.held_out_fraction is 0.9; allowed: above 0, up to 0.5

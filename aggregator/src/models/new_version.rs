@@ -1,0 +1,150 @@
+//! A version that is being written: chunks in any order, then made durable as a whole.
+
+use std::{
+    fs::File,
+    io::{self, Write},
+    os::unix::fs::FileExt,
+    thread,
+};
+
+use consort_common::{atomic_file, ids::Digest};
+
+use super::{
+    ModelError, ModelFiles, ModelLayout, ModelVersion,
+    files::{
+        DIGESTS_FILE, Digests, MOMENTUM_FILE, NewFiles, PARAMETERS_FILE, Place, RESIDUAL_FILE, UPDATE_FILE,
+        checksum,
+    },
+};
+
+/// Bytes of a vector that are read and hashed at a time.
+const HASH_BLOCK_BYTES: u64 = 4 << 20;
+
+/// What a version holds of one chunk; what its layout does not have is empty.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct NewChunk<'a> {
+    /// What the sites hold.
+    pub parameters: &'a [f32],
+    /// Of the outer optimizer.
+    pub momentum: &'a [f32],
+    /// What rounding dropped.
+    pub residual: &'a [f32],
+    /// The parameters as they are sent, where that is not as they lie in memory.
+    pub whole_payload: &'a [u8],
+    /// What the round changed, as it is sent.
+    pub update_payload: &'a [u8],
+}
+
+/// What is recorded of one written chunk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ChunkRecord {
+    whole: Digest,
+    update: Option<Digest>,
+    /// In the order of the parts.
+    checksums: [Option<u64>; 4],
+}
+
+/// A version that is being written. Dropped unfinished, it leaves nothing.
+#[derive(Debug)]
+pub struct NewVersion {
+    models: ModelFiles,
+    place: Place,
+    layout: ModelLayout,
+    files: NewFiles,
+}
+
+impl NewVersion {
+    pub(super) fn new(models: ModelFiles, place: Place, layout: ModelLayout, files: NewFiles) -> Self {
+        Self { models, place, layout, files }
+    }
+
+    /// What it consists of.
+    pub(crate) fn layout(&self) -> ModelLayout {
+        self.layout
+    }
+
+    /// Which it will be.
+    pub(crate) fn version(&self) -> u32 {
+        self.place.version
+    }
+
+    /// Writes chunk `index`, once; several threads may write different chunks at a time.
+    pub(crate) fn write(&self, index: u32, chunk: NewChunk<'_>) -> Result<ChunkRecord, ModelError> {
+        let parameters: &[u8] = bytemuck::cast_slice(chunk.parameters);
+        let whole = if chunk.whole_payload.is_empty() { parameters } else { chunk.whole_payload };
+        let parts = &self.files.parts;
+        let optional = |file: &Option<File>, name, bytes| {
+            file.as_ref().map(|file| self.write_part(file, name, index, bytes)).transpose()
+        };
+        Ok(ChunkRecord {
+            whole: Digest::of(whole),
+            update: parts.update.as_ref().map(|_| Digest::of(chunk.update_payload)),
+            checksums: [
+                Some(self.write_part(&parts.parameters, PARAMETERS_FILE, index, parameters)?),
+                optional(&parts.momentum, MOMENTUM_FILE, bytemuck::cast_slice(chunk.momentum))?,
+                optional(&parts.residual, RESIDUAL_FILE, bytemuck::cast_slice(chunk.residual))?,
+                optional(&parts.update, UPDATE_FILE, chunk.update_payload)?,
+            ],
+        })
+    }
+
+    /// Writes one part's chunk and gives its checksum.
+    fn write_part(&self, file: &File, name: &str, index: u32, bytes: &[u8]) -> Result<u64, ModelError> {
+        // What is reserved and not written reads as zeros: an initial momentum takes no writing.
+        if bytes.iter().any(|byte| *byte != 0) {
+            file.write_all_at(bytes, self.layout.offset(name, index)?)
+                .map_err(|error| self.explain(error))?;
+        }
+        Ok(checksum(bytes))
+    }
+
+    /// Makes the version durable and puts it in its place, with the records of its chunks in order.
+    pub(crate) fn finish(self, chunks: &[ChunkRecord]) -> Result<ModelVersion, ModelError> {
+        // The whole vector is hashed while the disk is busy. It is read back for that, which costs a pass
+        // over cached pages: chunks may have been written in any order.
+        let whole = thread::scope(|scope| {
+            let sync = scope.spawn(|| self.files.sync());
+            let whole = hash(&self.files.parts.parameters, self.layout.vector_bytes());
+            let synced =
+                sync.join().unwrap_or_else(|_| Err(io::Error::other("the thread that syncs failed")));
+            synced.and(whole)
+        });
+        let checksums = (0..4).map(|part| chunks.iter().filter_map(|chunk| chunk.checksums[part]).collect());
+        let digests = Digests {
+            whole: whole.map_err(|error| self.explain(error))?,
+            chunks: chunks.iter().map(|chunk| chunk.whole).collect(),
+            update: chunks.iter().filter_map(|chunk| chunk.update).collect(),
+            checksums: checksums.collect(),
+        };
+        atomic_file::write_durably(&self.files.partial.join(DIGESTS_FILE), |file| {
+            file.write_all(&digests.to_bytes())
+        })
+        .map_err(|error| self.explain(error))?;
+        atomic_file::rename_directory_into_place(&self.files.partial, &self.place.directory)?;
+        // The run's directory, and the first time the root, are new entries too.
+        let ancestors = self.place.directory.ancestors().skip(2).take(2);
+        ancestors
+            .filter(|ancestor| !ancestor.as_os_str().is_empty())
+            .try_for_each(atomic_file::sync_directory)?;
+        self.models.open(&self.place.run, self.place.version, self.layout)
+    }
+
+    fn explain(&self, error: io::Error) -> ModelError {
+        self.models.explain(&self.place, self.layout.version_bytes(self.place.version), error)
+    }
+}
+
+/// BLAKE3 of a file of `bytes`, a block in memory at a time.
+#[allow(clippy::cast_possible_truncation)] // at most a block
+fn hash(file: &File, bytes: u64) -> io::Result<Digest> {
+    let mut hasher = blake3::Hasher::new();
+    let mut block = vec![0; HASH_BLOCK_BYTES.min(bytes) as usize];
+    let mut offset = 0;
+    while offset < bytes {
+        let piece = &mut block[..HASH_BLOCK_BYTES.min(bytes - offset) as usize];
+        file.read_exact_at(piece, offset)?;
+        hasher.update_rayon(piece);
+        offset += piece.len() as u64;
+    }
+    Ok(hasher.finalize().into())
+}

@@ -1,0 +1,240 @@
+//! One round's reduction, chunk by chunk: chunks may be folded in any order, while others are still to come.
+//!
+//! Memory: a core that folds holds one chunk's worth of each vector it works on and a payload (5 to 7 MiB with
+//! the default chunk), kept from chunk to chunk; all cores together stay under
+//! [`SCRATCH_BYTES_MAX`]: cores that this leaves idle would wait for memory anyway. A record is kept of each
+//! chunk: some 200 bytes, and 32 for each contribution; with the default chunk of 1 MiB, a thirty-thousandth
+//! of the deltas.
+
+use std::sync::{
+    Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+    atomic::{AtomicU32, Ordering},
+};
+
+use consort_common::{codec::Encoding, ids::Digest, spec::OuterOptimizer};
+
+use super::{
+    ReduceError, Reduction, WeightedContribution,
+    chunk::{FoldedChunk, Inputs, Scratch},
+    outer::has_momentum,
+};
+use crate::{
+    models::{ModelError, ModelFiles, ModelLayout, ModelVersion, NewVersion},
+    spool::{ContributionKey, DeltaLayout, SpooledDelta},
+};
+
+/// Most that the vectors of all cores take together.
+const SCRATCH_BYTES_MAX: usize = 128 << 20;
+
+/// A delta of a round, complete or still being received, and what it counts.
+#[derive(Debug, Clone)]
+pub struct Share {
+    /// The delta.
+    pub delta: Arc<SpooledDelta>,
+    /// Its weight, above 0; shares of the average are weights divided by their sum.
+    pub weight: f64,
+}
+
+impl Share {
+    pub(super) fn encoding(&self) -> Encoding {
+        self.delta.layout().encoding()
+    }
+
+    fn is(&self, contribution: &WeightedContribution) -> bool {
+        let WeightedContribution { key, weight, encoding, .. } = contribution;
+        self.delta.key() == key && self.encoding() == *encoding && self.weight.to_bits() == weight.to_bits()
+    }
+}
+
+/// A round that is being reduced. Dropped unfinished, it leaves nothing.
+#[derive(Debug)]
+pub struct RoundFold {
+    inputs: Inputs,
+    new: NewVersion,
+    chunks: Mutex<Vec<Progress>>,
+    /// Vectors that no core works with at the moment.
+    idle: Mutex<Vec<Scratch>>,
+}
+
+#[derive(Debug)]
+enum Progress {
+    Open,
+    UnderWay,
+    Folded(FoldedChunk),
+}
+
+impl RoundFold {
+    /// Begins to make the version after `base` of these deltas, in any order: the canonical order is by site.
+    /// Takes the new version's space on disk. An orphan of that version is replaced in the end.
+    ///
+    /// # Errors
+    /// [`ReduceError::NoContributions`], [`ReduceError::Unfit`], or the model files'.
+    pub fn begin(
+        mut shares: Vec<Share>,
+        base: ModelVersion,
+        optimizer: OuterOptimizer,
+        models: &ModelFiles,
+    ) -> Result<Self, ReduceError> {
+        shares.sort_by(|a, b| a.delta.key().cmp(b.delta.key()));
+        check(&shares, &base)?;
+        let layout = ModelLayout { momentum: has_momentum(&optimizer), ..base.layout() };
+        let new = models.begin(base.run(), base.version() + 1, layout)?;
+        let chunks = (0..layout.plan.chunks()).map(|_| Progress::Open).collect();
+        Ok(Self {
+            inputs: Inputs::new(shares, base, optimizer),
+            new,
+            chunks: Mutex::new(chunks),
+            idle: Mutex::default(),
+        })
+    }
+
+    /// Whether these are the contributions that it was begun with.
+    pub fn is_of(&self, contributions: &[WeightedContribution]) -> bool {
+        let mut contributions: Vec<_> = contributions.iter().collect();
+        contributions.sort_by(|a, b| a.key.cmp(&b.key));
+        let shares = &self.inputs.shares;
+        shares.len() == contributions.len()
+            && shares.iter().zip(contributions).all(|(share, one)| share.is(one))
+    }
+
+    /// How many chunks are folded.
+    pub fn folded(&self) -> usize {
+        lock(&self.chunks).iter().filter(|progress| matches!(progress, Progress::Folded(_))).count()
+    }
+
+    /// Folds chunk `index`, which is durable in all deltas; does nothing if it is folded, or being folded.
+    /// Several threads may fold at a time.
+    ///
+    /// # Errors
+    /// See [`ReduceError`]; the chunk can be tried again.
+    pub fn fold(&self, index: u32) -> Result<(), ReduceError> {
+        self.inputs.base.plan().range(index).map_err(ModelError::from)?;
+        let begin = |progress: &mut Progress| match progress {
+            Progress::Open => {
+                *progress = Progress::UnderWay;
+                true
+            }
+            Progress::UnderWay | Progress::Folded(_) => false,
+        };
+        if !begin(&mut lock(&self.chunks)[index as usize]) {
+            return Ok(());
+        }
+        let mut scratch = lock(&self.idle).pop().unwrap_or_default();
+        let folded = self.inputs.fold(index, &mut scratch, &self.new);
+        lock(&self.idle).push(scratch);
+        let (progress, result) = match folded {
+            Ok(folded) => (Progress::Folded(folded), Ok(())),
+            Err(error) => (Progress::Open, Err(error)),
+        };
+        lock(&self.chunks)[index as usize] = progress;
+        result
+    }
+
+    /// Folds what is not folded yet, on the cores of the current rayon pool, in the chunks' order as far as
+    /// there is one: disks prefer that.
+    ///
+    /// # Errors
+    /// The first of [`RoundFold::fold`]'s.
+    pub fn fold_rest(&self) -> Result<(), ReduceError> {
+        let chunks = self.inputs.base.plan().chunks();
+        let (next, failure) = (AtomicU32::new(0), OnceLock::new());
+        let work = || {
+            while failure.get().is_none() {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                if index >= chunks {
+                    return;
+                }
+                if let Err(error) = self.fold(index) {
+                    let _ = failure.set(error);
+                }
+            }
+        };
+        let workers =
+            rayon::current_num_threads().min(SCRATCH_BYTES_MAX / self.inputs.scratch_bytes()).max(1);
+        rayon::scope(|scope| (0..workers).for_each(|_| scope.spawn(|_| work())));
+        failure.into_inner().map_or(Ok(()), Err)
+    }
+
+    /// Folds the rest, compares each delta with the one that was accepted, and makes the version durable.
+    ///
+    /// # Errors
+    /// See [`ReduceError`]; nothing is left on disk then. [`ReduceError::OtherContributions`] unless these are
+    /// the contributions that it was begun with.
+    pub fn finish(self, accepted: &[WeightedContribution]) -> Result<Reduction, ReduceError> {
+        if !self.is_of(accepted) {
+            return Err(ReduceError::OtherContributions { round: self.new.version() });
+        }
+        self.fold_rest()?;
+        let Self { inputs, new, chunks, .. } = self;
+        let folded: Vec<FoldedChunk> = chunks
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner)
+            .into_iter()
+            .filter_map(|progress| match progress {
+                Progress::Folded(folded) => Some(folded),
+                Progress::Open | Progress::UnderWay => None,
+            })
+            .collect();
+        for (place, share) in inputs.shares.iter().enumerate() {
+            let accepted = accepted.iter().find(|accepted| accepted.key == *share.delta.key());
+            check_delta(share.delta.key(), accepted, folded.iter().map(|chunk| chunk.digests[place]))?;
+        }
+        let records: Vec<_> = folded.iter().map(|chunk| chunk.record).collect();
+        Ok(Reduction {
+            version: new.finish(&records)?,
+            delta_norm: folded.iter().map(|chunk| chunk.delta_square).sum::<f64>().sqrt(),
+            update_norm: folded.iter().map(|chunk| chunk.update_square).sum::<f64>().sqrt(),
+        })
+    }
+}
+
+/// Refuses lists that no round can have: the engine's invariants, checked before they cost a version.
+fn check(shares: &[Share], base: &ModelVersion) -> Result<(), ReduceError> {
+    let round = base.version() + 1;
+    if shares.is_empty() {
+        return Err(ReduceError::NoContributions { round });
+    }
+    let unfit = |key: &ContributionKey, reason: String| {
+        Err(ReduceError::Unfit { round, key: Box::new(key.clone()), reason })
+    };
+    for Share { delta, weight } in shares {
+        let key = delta.key();
+        if key.run != *base.run() || key.round != round {
+            return unfit(key, "is not for this round".to_owned());
+        }
+        if delta.layout() != DeltaLayout::new(base.plan(), delta.layout().encoding()) {
+            return unfit(key, "is not cut as the model is".to_owned());
+        }
+        if !weight.is_finite() || *weight <= 0.0 {
+            return unfit(key, format!("has the weight {weight}, which must be finite and above 0"));
+        }
+    }
+    match shares.windows(2).find(|pair| pair[0].delta.key().site == pair[1].delta.key().site) {
+        Some(pair) => unfit(pair[1].delta.key(), "is there twice".to_owned()),
+        None => Ok(()),
+    }
+}
+
+/// Compares the chunks that were folded with the delta that was accepted: a chunk may have been sent again
+/// meanwhile.
+fn check_delta(
+    key: &ContributionKey,
+    accepted: Option<&WeightedContribution>,
+    chunks: impl Iterator<Item = Digest>,
+) -> Result<(), ReduceError> {
+    let mut hasher = blake3::Hasher::new();
+    for chunk in chunks {
+        hasher.update(chunk.as_bytes());
+    }
+    let found = Digest::from(hasher.finalize());
+    match accepted {
+        Some(WeightedContribution { delta_digest: accepted, .. }) if *accepted != found => {
+            Err(ReduceError::OtherDelta { key: Box::new(key.clone()), accepted: *accepted, found })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,361 @@
+//! How fast a round is reduced, and in how much memory: `cargo bench -p consort-tests --bench reduction`.
+//!
+//! Each row is a process of its own, so that its peak memory (VmHWM) is the row's. It opens the deltas as the
+//! aggregator does, folds them into the next version several times, and of the last time it also makes the
+//! version durable. Bytes count once: the encoded deltas, what is read of the base version and what is
+//! written of the new one. They are held against the memory bandwidth that the same number of threads
+//! reaches on this machine just before. Everything that a row reads is in the page cache, as it is in an
+//! aggregator that has just received it.
+//!
+//! More sites than [`DELTAS_MAX`] share files by hard links; such a row's reads come from the cache more
+//! often than they would, and it is marked.
+
+use std::{
+    fs,
+    hint::black_box,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Instant,
+};
+
+use anyhow::{Context, ensure};
+use clap::Parser;
+use consort_aggregator::{
+    models::{ModelFiles, ModelLayout},
+    reduce::{RoundFold, Share, WeightedContribution, create_initial, has_momentum},
+    spool::{ContributionKey, DeltaLayout, Spool, SpoolLimits},
+};
+use consort_common::{
+    chunk::ChunkPlan,
+    codec::{Encoding, ModelEncoding},
+    ids::{Digest, RunName},
+    spec::{OuterOptimizer, WireSpec},
+};
+use consort_tests::machine;
+use rayon::prelude::*;
+
+/// Deltas of one model and encoding that lie on disk by themselves.
+const DELTAS_MAX: u32 = 8;
+/// What stays free on the disk.
+const RESERVE_BYTES: u64 = 4 << 30;
+
+/// Folds deltas and prints a table.
+#[derive(Debug, Clone, Parser)]
+struct Arguments {
+    /// Parameters of the models; several may be given.
+    #[arg(long, value_delimiter = ',', default_value = "10000000,125000000")]
+    parameters: Vec<u64>,
+    /// Numbers of deltas that are averaged.
+    #[arg(long, value_delimiter = ',', default_value = "2,8,32")]
+    sites: Vec<u32>,
+    /// Encodings of the deltas.
+    #[arg(long, value_delimiter = ',', default_value = "fp32,bf16,int8")]
+    encodings: Vec<String>,
+    /// How the model is sent.
+    #[arg(long, default_value = "fp32")]
+    model: ModelEncoding,
+    /// Step with Nesterov momentum instead of plain averaging.
+    #[arg(long)]
+    momentum: bool,
+    /// Times that each round is folded; the fastest counts.
+    #[arg(long, default_value_t = 5)]
+    repeat: u32,
+    /// Where to work; emptied first.
+    #[arg(long, default_value = concat!(env!("CARGO_TARGET_TMPDIR"), "/reduction"))]
+    directory: PathBuf,
+    /// Fold one row, whose files are there, and print its figures: how the table's rows are made.
+    #[arg(long, hide = true)]
+    row: bool,
+    /// What cargo passes to every benchmark.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    if arguments.row { arguments.row().run() } else { table(&arguments) }
+}
+
+/// One line of the table.
+#[derive(Debug, Clone)]
+struct Row {
+    directory: PathBuf,
+    parameters: u64,
+    sites: u32,
+    encoding: Encoding,
+    model: ModelEncoding,
+    momentum: bool,
+    repeat: u32,
+}
+
+impl Arguments {
+    fn encodings(&self) -> anyhow::Result<Vec<Encoding>> {
+        let parse =
+            |name: &String| Encoding::parse(name).with_context(|| format!("there is no encoding {name}"));
+        self.encodings.iter().map(parse).collect()
+    }
+
+    fn row(&self) -> Row {
+        Row {
+            directory: self.directory.clone(),
+            parameters: self.parameters[0],
+            sites: self.sites[0],
+            encoding: Encoding::parse(&self.encodings[0]).unwrap_or_default(),
+            model: self.model,
+            momentum: self.momentum,
+            repeat: self.repeat,
+        }
+    }
+}
+
+fn table(arguments: &Arguments) -> anyhow::Result<()> {
+    let threads = rayon::current_num_threads();
+    let copy = machine::copy_bytes_per_second(threads);
+    let read = machine::read_bytes_per_second(threads);
+    println!(
+        "{threads} threads copy {:.1} GB/s (read and written) and read {:.1} GB/s",
+        copy / 1e9,
+        read / 1e9
+    );
+    let optimizer = if arguments.momentum { "Nesterov" } else { "FedAvg" };
+    println!("{optimizer}, model sent as {}, best of {}\n", arguments.model, arguments.repeat);
+    println!(
+        "{:>12} {:>8} {:>5} {:>8} {:>8} {:>8} {:>8} {:>7} {:>7} {:>9}",
+        "parameters", "encoding", "K", "read s", "fold s", "finish s", "GB/s", "% copy", "% read", "peak MB"
+    );
+    let mut linked = false;
+    for parameters in &arguments.parameters {
+        for encoding in arguments.encodings()? {
+            let row = Row { parameters: *parameters, encoding, ..arguments.row() };
+            let most = arguments.sites.iter().copied().max().unwrap_or_default();
+            if let Err(reason) = row.prepare(most) {
+                println!("{parameters:>12} {:>8} skipped: {reason}", encoding.name());
+                continue;
+            }
+            for sites in &arguments.sites {
+                let row = Row { sites: *sites, ..row.clone() };
+                let Figures { read_seconds, fold_seconds, finish_seconds, peak_bytes } = row.spawn()?;
+                let rate = row.bytes() as f64 / fold_seconds;
+                let mark = if *sites > DELTAS_MAX { "*" } else { "" };
+                linked |= *sites > DELTAS_MAX;
+                println!(
+                    "{parameters:>12} {:>8} {:>5} {read_seconds:>8.3} {fold_seconds:>8.3} {finish_seconds:>8.2} {:>8.1} {:>7.0} {:>7.0} {:>9.0}",
+                    encoding.name(),
+                    format!("{sites}{mark}"),
+                    rate / 1e9,
+                    100.0 * rate / copy,
+                    100.0 * rate / read,
+                    peak_bytes as f64 / 1e6,
+                );
+            }
+        }
+    }
+    if linked {
+        println!(
+            "\n* {DELTAS_MAX} deltas on disk, linked under several sites each: they share the page cache"
+        );
+    }
+    println!("\nread: reading and verifying the deltas' chunks, and nothing else");
+    println!("finish: hashing the whole new version while it is synced to the disk, and renaming it");
+    println!(
+        "skipped by default: 1000000000 parameters, which take 24 GB of disk and of page cache with 2 sites"
+    );
+    println!("  (--parameters 1000000000 --sites 2 --encodings bf16 --repeat 2)");
+    Ok(fs::remove_dir_all(&arguments.directory)?)
+}
+
+/// What a row measured.
+struct Figures {
+    read_seconds: f64,
+    fold_seconds: f64,
+    finish_seconds: f64,
+    peak_bytes: u64,
+}
+
+impl Row {
+    fn run_name() -> RunName {
+        "reduction".parse().expect("a name")
+    }
+
+    fn models(&self) -> ModelFiles {
+        ModelFiles::new(self.directory.join("models"))
+    }
+
+    fn spool(&self) -> Spool {
+        Spool::new(self.directory.join("spool"), SpoolLimits::default())
+    }
+
+    fn optimizer(&self) -> OuterOptimizer {
+        if self.momentum {
+            OuterOptimizer::Nesterov { learning_rate: 0.7, momentum: 0.9 }
+        } else {
+            OuterOptimizer::FedAvg {}
+        }
+    }
+
+    fn layout(&self) -> ModelLayout {
+        ModelLayout {
+            plan: ChunkPlan::new(self.parameters, WireSpec::default().chunk_parameters),
+            encoding: self.model,
+            momentum: has_momentum(&self.optimizer()),
+        }
+    }
+
+    fn delta_layout(&self) -> DeltaLayout {
+        DeltaLayout::new(self.layout().plan, self.encoding)
+    }
+
+    fn key(site: u32) -> ContributionKey {
+        ContributionKey {
+            run: Self::run_name(),
+            round: 1,
+            site: format!("site-{site:03}").parse().expect("a name"),
+            delta: [1; 16].into(),
+        }
+    }
+
+    fn delta_path(&self, site: u32) -> PathBuf {
+        let directory = self.directory.join("spool/reduction/1").join(Self::key(site).site.as_str());
+        directory.join(format!("{}.delta", "01".repeat(16)))
+    }
+
+    /// Bytes of the vectors beside the deltas: those of the base version that are read, and the new ones.
+    fn version_bytes(&self) -> u64 {
+        let layout = self.layout();
+        let vectors = 1 + u64::from(layout.momentum) + u64::from(layout.has_residual());
+        let update =
+            self.model.update().map_or(0, |encoding| DeltaLayout::new(layout.plan, encoding).delta_bytes());
+        2 * vectors * self.parameters * size_of::<f32>() as u64 + update
+    }
+
+    fn bytes(&self) -> u64 {
+        u64::from(self.sites) * self.delta_layout().delta_bytes() + self.version_bytes()
+    }
+
+    /// Writes the base version and the deltas.
+    fn prepare(&self, sites: u32) -> anyhow::Result<()> {
+        let _ = fs::remove_dir_all(&self.directory);
+        fs::create_dir_all(&self.directory)?;
+        let deltas = sites.min(DELTAS_MAX);
+        let needed =
+            u64::from(deltas) * self.delta_layout().file_bytes() + self.version_bytes() + RESERVE_BYTES;
+        let available = fs4::available_space(&self.directory)?;
+        ensure!(
+            needed <= available,
+            "takes {} GB of disk, of which {} GB are free",
+            needed >> 30,
+            available >> 30
+        );
+        let fill = |start, values: &mut [f32]| fill(start, 1.0, values);
+        create_initial(&self.models(), &Self::run_name(), self.layout(), fill)?;
+        (0..deltas).try_for_each(|site| self.write_delta(site))?;
+        for site in deltas..sites {
+            let path = self.delta_path(site);
+            fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
+            fs::hard_link(self.delta_path(site % deltas), path)?;
+        }
+        Ok(())
+    }
+
+    fn write_delta(&self, site: u32) -> anyhow::Result<()> {
+        let delta = self.spool().receive(&Self::key(site), self.delta_layout())?;
+        let plan = self.layout().plan;
+        (0..plan.chunks()).into_par_iter().try_for_each(|index| {
+            let mut values = vec![0.0; plan.length(index)?];
+            fill(plan.range(index)?.start + u64::from(site), 0.01, &mut values);
+            let payload = self.encoding.encode(&values);
+            anyhow::Ok(delta.write(index, &payload, Digest::of(&payload))?)
+        })?;
+        delta.sync(|_| true)?;
+        Ok(())
+    }
+
+    fn spawn(&self) -> anyhow::Result<Figures> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg("--row").arg("--directory").arg(&self.directory);
+        command.args(["--parameters", &self.parameters.to_string(), "--sites", &self.sites.to_string()]);
+        command.args(["--encodings", self.encoding.name(), "--model", &self.model.to_string()]);
+        command.args(["--repeat", &self.repeat.to_string()]);
+        if self.momentum {
+            command.arg("--momentum");
+        }
+        let output = command.output()?;
+        ensure!(output.status.success(), "a row failed: {}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8(output.stdout)?;
+        let mut numbers = text.split_whitespace();
+        let mut next = || numbers.next().context("a row printed too little");
+        Ok(Figures {
+            read_seconds: next()?.parse()?,
+            fold_seconds: next()?.parse()?,
+            finish_seconds: next()?.parse()?,
+            peak_bytes: next()?.parse()?,
+        })
+    }
+
+    /// In its own process: folds, and prints the seconds of reading, folding and finishing, and the peak memory.
+    fn run(&self) -> anyhow::Result<()> {
+        let spool = self.spool();
+        let deltas: Vec<_> = (0..self.sites)
+            .into_par_iter()
+            .map(|site| spool.stored(&Self::key(site), self.delta_layout()))
+            .collect::<Result<_, _>>()?;
+        let shares: Vec<_> = deltas.into_iter().map(|delta| Share { delta, weight: 1.0 }).collect();
+        let accepted: Vec<_> = shares
+            .iter()
+            .map(|share| {
+                let (key, encoding) = (share.delta.key().clone(), self.encoding);
+                let delta_digest = share.delta.summary()?.digest;
+                anyhow::Ok(WeightedContribution { key, weight: share.weight, encoding, delta_digest })
+            })
+            .collect::<Result<_, _>>()?;
+        let read = || -> anyhow::Result<()> {
+            (0..self.layout().plan.chunks()).into_par_iter().try_for_each_init(
+                Vec::new,
+                |payload, index| {
+                    shares.iter().try_for_each(|share| share.delta.read(index, payload).map(|_| ()))
+                },
+            )?;
+            Ok(())
+        };
+        let mut read_seconds = f64::INFINITY;
+        for _ in 0..self.repeat {
+            let begun = Instant::now();
+            read()?;
+            read_seconds = read_seconds.min(begun.elapsed().as_secs_f64());
+        }
+        let models = self.models();
+        let mut fold_seconds = f64::INFINITY;
+        let mut finish_seconds = 0.0;
+        for time in 1..=self.repeat {
+            let base = models.open(&Self::run_name(), 0, self.layout())?;
+            let fold = RoundFold::begin(shares.clone(), base, self.optimizer(), &models)?;
+            let begun = Instant::now();
+            fold.fold_rest()?;
+            fold_seconds = fold_seconds.min(begun.elapsed().as_secs_f64());
+            if time == self.repeat {
+                let begun = Instant::now();
+                black_box(fold.finish(&accepted)?);
+                finish_seconds = begun.elapsed().as_secs_f64();
+            }
+        }
+        println!("{read_seconds} {fold_seconds} {finish_seconds} {}", peak_bytes()?);
+        Ok(())
+    }
+}
+
+/// Numbers that look like weights and cost little: at each position another, of the size `scale`.
+#[allow(clippy::cast_precision_loss)]
+fn fill(start: u64, scale: f32, values: &mut [f32]) {
+    for (at, value) in (start..).zip(values) {
+        let bits = at.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        *value = scale * ((bits >> 40) as f32 / (1u64 << 24) as f32 - 0.5);
+    }
+}
+
+/// The most memory that this process has had.
+fn peak_bytes() -> anyhow::Result<u64> {
+    let status = fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
+    let kib: u64 = line.trim().trim_end_matches(" kB").trim().parse()?;
+    Ok(kib * 1024)
+}
