@@ -2,7 +2,6 @@ use std::{
     fs::{self, File},
     io,
     os::unix::fs::FileExt,
-    path::Path,
     sync::LazyLock,
 };
 
