@@ -154,9 +154,14 @@ fn large_spec() -> String {
         .replace("tokens_max = 2000", "tokens_max = 4000\nheld_out_fraction = 0.2")
 }
 
-/// Enough text for the bank's preparation to be caught.
-fn much_text(federation: &TestFederation) {
-    texts::write(&federation.kit("site-bank").join("data"), 0, 25_000);
+/// Enough text for the bank's preparation to be caught, and a limit for its uploads to be: 5.6 MB take two
+/// seconds.
+fn slow_bank(federation: &TestFederation) {
+    let kit = federation.kit("site-bank");
+    texts::write(&kit.join("data"), 0, 25_000);
+    let mut config = std::fs::read_to_string(kit.join("client.toml")).expect("the kit has a configuration");
+    config += "\n[transfer]\nupload_bytes_per_second = 2_800_000\n";
+    std::fs::write(kit.join("client.toml"), config).expect("the configuration can be written");
 }
 
 /// Whether the files tell that a process is in a phase.
@@ -196,7 +201,7 @@ fn every_process_killed_in_every_phase_of_a_round_goes_on_to_the_same_bits() {
     ];
     let spec = large_spec();
     let mut federation = TestFederation::new(&SITES);
-    much_text(&federation);
+    slow_bank(&federation);
     federation.start_aggregator();
     federation.start_run(&spec);
     assert_eq!(federation.json(&["runs", "show", RUN])["phase"], "waiting");
@@ -208,7 +213,7 @@ fn every_process_killed_in_every_phase_of_a_round_goes_on_to_the_same_bits() {
     for (victim, phase, is_in) in kills {
         kill_in(&mut federation, &spec, victim, phase, is_in);
     }
-    assert_eq!(outcome(&federation), undisturbed(&spec, much_text));
+    assert_eq!(outcome(&federation), undisturbed(&spec, slow_bank));
 }
 
 /// A run must not depend on what died where between two rounds either.
