@@ -1,6 +1,6 @@
 //! `kill -9` at any instant loses nothing that was acknowledged and changes nothing in the result.
 //!
-//! Full participation, CPU, fp32: every version of the global model, and every checkpoint, must be the same
+//! Full participation, CPU, fp32 weights: every version of the global model, and every checkpoint, must be the same
 //! bits as without any kill.
 
 use std::time::Duration;
@@ -120,7 +120,10 @@ fn ten_random_kills_change_no_bit_of_any_version() {
     println!("replay with CONSORT_KILL_SEED={seed}");
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     // A kill comes in the round of its number or, as it waits for up to one round, some rounds later.
-    let spec = spec(16);
+    // Deltas with error feedback and versions that travel as updates: what both sides keep of the rounds
+    // before must survive as well.
+    let wire = "[wire]\ndelta_encoding = \"2bit\"\nmodel_encoding = \"2bit-update\"\n";
+    let spec = spec(16).replace("[wire]\n", wire);
     let mut quiet = TestFederation::new(&SITES);
     start(&mut quiet, &spec);
     let expected = outcome(&quiet);
