@@ -9,6 +9,7 @@ pub mod forgery;
 pub mod machine;
 pub mod phases;
 pub mod process;
+pub mod proxy;
 pub mod raw;
 pub mod texts;
 
