@@ -6,6 +6,8 @@
 pub mod binaries;
 pub mod federation;
 pub mod forgery;
+pub mod limits;
+pub mod load;
 pub mod machine;
 pub mod phases;
 pub mod process;
