@@ -44,34 +44,27 @@ pub struct Passed {
 }
 
 impl Passed {
-    /// Bytes of one direction.
-    pub fn bytes(&self, direction: Direction) -> u64 {
-        match direction {
-            Direction::Up => self.up,
-            Direction::Down => self.down,
-        }
-    }
-
     fn add(&mut self, direction: Direction, bytes: usize) {
         match direction {
             Direction::Up => self.up += bytes as u64,
             Direction::Down => self.down += bytes as u64,
         }
     }
-
-    /// What has passed since `earlier`.
-    #[must_use]
-    pub fn since(&self, earlier: &Self) -> Self {
-        Self { up: self.up - earlier.up, down: self.down - earlier.down, cuts: self.cuts - earlier.cuts }
-    }
 }
 
 #[derive(Debug, Default)]
 struct State {
     passed: Passed,
-    /// The direction whose bytes decide about cuts, how many of them were handed on, and the counts of
-    /// those at which everything is cut, ascending.
-    cutting: Option<(Direction, u64, VecDeque<u64>)>,
+    cutting: [Cutting; 2],
+}
+
+/// Where one direction is cut.
+#[derive(Debug, Default)]
+struct Cutting {
+    /// Bytes handed on since the counts were set.
+    handed_on: u64,
+    /// Of those, ascending.
+    counts: VecDeque<u64>,
 }
 
 #[derive(Debug)]
@@ -127,7 +120,7 @@ impl Proxy {
     /// From now on, cuts every connection whenever so many bytes were handed on in `direction` (counted
     /// from now, ascending): both sides see a reset, and what was on its way is lost.
     pub fn cut_at(&self, direction: Direction, counts: Vec<u64>) {
-        self.shared.state().cutting = Some((direction, 0, counts.into()));
+        self.shared.state().cutting[direction as usize] = Cutting { handed_on: 0, counts: counts.into() };
     }
 }
 
@@ -151,18 +144,13 @@ impl Shared {
     fn pass(&self, direction: Direction, bytes: usize) -> (usize, bool) {
         let mut state = self.state();
         state.passed.add(direction, bytes);
-        let Some((which, handed_on, counts)) = &mut state.cutting else { return (bytes, false) };
-        let left = match counts.front() {
-            Some(count) if *which == direction => count.saturating_sub(*handed_on),
-            _ => u64::MAX,
-        };
+        let cutting = &mut state.cutting[direction as usize];
+        let left = cutting.counts.front().map_or(u64::MAX, |count| count.saturating_sub(cutting.handed_on));
         let allowed = usize::try_from(left).unwrap_or(usize::MAX).min(bytes);
-        if *which == direction {
-            *handed_on += allowed as u64;
-        }
+        cutting.handed_on += allowed as u64;
         let is_cut = left <= bytes as u64;
         if is_cut {
-            counts.pop_front();
+            cutting.counts.pop_front();
             state.passed.cuts += 1;
             self.cut.send_modify(|cuts| *cuts += 1);
         }
