@@ -101,7 +101,8 @@ impl Transfers {
         // There are at most 16.
         #[allow(clippy::cast_possible_truncation)]
         let parts = clients.len() as u32;
-        let stake_bytes = stake_bytes(delta, breaks) / u64::from(parts.max(1));
+        let chunk_bytes = delta.chunk_bytes(0).unwrap_or_default() as u64;
+        let stake_bytes = stake_bytes(delta.encoded_bytes(), chunk_bytes, breaks) / u64::from(parts.max(1));
         let begin = |part| DeltaBegin { part, parts, ..begin(&session, run, delta) };
         // The first alone: it is told whether there is anything to send.
         let mut opened = Vec::new();
@@ -125,10 +126,10 @@ impl Transfers {
     }
 }
 
-/// Bytes that may be under way after so many breaks: a line that breaks often is given little to lose.
-fn stake_bytes(delta: &Delta, breaks: u32) -> u64 {
-    let chunks_bytes = STAKE_CHUNKS_MIN * delta.chunk_bytes(0).unwrap_or_default() as u64;
-    let first = (delta.encoded_bytes() / STAKE_PARTS).max(chunks_bytes).max(STAKE_BYTES_MIN);
+/// Bytes that may be under way, of a delta of such a length in such chunks, after so many breaks: a line that
+/// breaks often is given little to lose.
+pub(super) fn stake_bytes(delta_bytes: u64, chunk_bytes: u64, breaks: u32) -> u64 {
+    let first = (delta_bytes / STAKE_PARTS).max(STAKE_CHUNKS_MIN * chunk_bytes).max(STAKE_BYTES_MIN);
     first.checked_shr(breaks.saturating_mul(2)).unwrap_or_default()
 }
 
