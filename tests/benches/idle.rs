@@ -151,7 +151,8 @@ fn median(rounds: &[Round], value: impl Fn(&Round) -> f64) -> f64 {
 
 fn report(arguments: &Arguments, rounds: &[Vec<Round>; 2]) {
     let megabytes = |bytes: u64| bytes as f64 / 1e6;
-    let columns: [(&str, &dyn Fn(&Round) -> f64); 3] = [
+    type Value<'a> = &'a dyn Fn(&Round) -> f64;
+    let columns: [(&str, Value<'_>); 3] = [
         ("round, s", &|round| round.seconds),
         ("RSS before, MB", &|round| megabytes(round.memory_bytes)),
         ("peak RSS, MB", &|round| megabytes(round.peak_bytes)),

@@ -257,7 +257,7 @@ fn twenty_breaks_cost_less_than_a_fiftieth_of_a_delta_of_four_thousand_chunks() 
         let lost: u64 = lost.sum();
         assert!(lost * 50 < delta_bytes, "{lost} of {delta_bytes} bytes");
     }
-    assert_eq!(upload::stake_bytes(u64::MAX, 1, u32::MAX), 0);
+    assert_eq!(upload::stake_bytes(2560, 1, u32::MAX), 1);
 }
 
 #[tokio::test(start_paused = true)]

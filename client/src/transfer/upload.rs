@@ -37,12 +37,13 @@ use crate::{link::Session, progress::Activity};
 
 /// Messages that lie ready for the connection; what they weigh counts as under way.
 const MESSAGES_READY_MAX: usize = 2;
-/// The hundredth part of a delta may be under way until a connection breaks, over all connections, but at least
-/// so many chunks and bytes: it is what a break can cost. After each break it is a quarter of that
-/// ([`stake_bytes`]), so that twenty breaks cost at most 1.33 % of a large delta and a chunk each. Sketch:
-/// 1 Gbit/s over a round trip of 100 ms is 12.5 MB, which a delta of 1.25 GB may have under way; one of
-/// 500 MB goes at 400 Mbit/s over that line.
-const STAKE_PARTS: u64 = 100;
+/// Until a connection breaks, one of so many parts of a delta may be under way, over all connections, but at least
+/// so many chunks and bytes: it is what a break can cost. After each break it is a quarter of that, down to one
+/// of the second number of parts ([`stake_bytes`]), so that twenty breaks cost at most 1.82 % of a delta in
+/// small chunks. Sketch: 1 Gbit/s over a round trip of 100 ms is 12.5 MB, which a delta of 1.6 GB may have
+/// under way; one of 500 MB goes at 330 Mbit/s over that line.
+const STAKE_PARTS: u64 = 128;
+const STAKE_PARTS_MAX: u64 = 2560;
 const STAKE_CHUNKS_MIN: u64 = 4;
 const STAKE_BYTES_MIN: u64 = 128 << 10;
 
@@ -130,7 +131,8 @@ impl Transfers {
 /// breaks often is given little to lose.
 pub(super) fn stake_bytes(delta_bytes: u64, chunk_bytes: u64, breaks: u32) -> u64 {
     let first = (delta_bytes / STAKE_PARTS).max(STAKE_CHUNKS_MIN * chunk_bytes).max(STAKE_BYTES_MIN);
-    first.checked_shr(breaks.saturating_mul(2)).unwrap_or_default()
+    let last = delta_bytes / STAKE_PARTS_MAX;
+    first.checked_shr(breaks.saturating_mul(2)).unwrap_or_default().max(last)
 }
 
 fn begin(session: &Session, run: &RunName, delta: &Delta) -> DeltaBegin {
