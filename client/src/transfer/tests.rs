@@ -247,6 +247,19 @@ fn what_is_missing_of_a_part_is_what_is_not_held() {
     }
 }
 
+#[test]
+fn twenty_breaks_cost_less_than_a_fiftieth_of_a_delta_of_four_thousand_chunks() {
+    for chunk_bytes in [8 << 10, 1 << 20, 4 << 20] {
+        let delta_bytes = 4000 * chunk_bytes;
+        // One chunk may always be under way.
+        let lost =
+            (0..20).map(|breaks| upload::stake_bytes(delta_bytes, chunk_bytes, breaks).max(chunk_bytes));
+        let lost: u64 = lost.sum();
+        assert!(lost * 50 < delta_bytes, "{lost} of {delta_bytes} bytes");
+    }
+    assert_eq!(upload::stake_bytes(2560, 1, u32::MAX), 1);
+}
+
 #[tokio::test(start_paused = true)]
 async fn no_more_than_the_window_is_under_way_and_one_chunk_always_may() {
     for (window_bytes, expected) in
