@@ -21,6 +21,7 @@
 mod files;
 mod new_version;
 mod reader;
+mod writeback;
 
 use std::{fs, io, os::unix::fs::FileExt, path::PathBuf};
 
@@ -36,6 +37,7 @@ use self::files::{
     MOMENTUM_FILE, NewFiles, PARAMETERS_FILE, Parts, Place, RESIDUAL_FILE, StoredPart, UPDATE_FILE, checksum,
 };
 pub(crate) use self::new_version::{ChunkRecord, NewChunk};
+use self::writeback::Writeback;
 pub use self::{new_version::NewVersion, reader::ModelBytes};
 
 // Vectors are little-endian and are written as they lie in memory.
@@ -208,10 +210,11 @@ impl ModelFiles {
                 let _ = atomic_file::remove_directory(&partial);
                 return Err(io::ErrorKind::StorageFull.into());
             }
-            NewFiles::create(partial, layout, version)
+            let files = NewFiles::create(partial, layout, version)?;
+            Ok((Writeback::start(files.parts.clone())?, files))
         });
         match files {
-            Ok(files) => Ok(NewVersion::new(self.clone(), place, layout, files)),
+            Ok((writeback, files)) => Ok(NewVersion::new(self.clone(), place, layout, files, writeback)),
             Err(error) => Err(self.explain(&place, needed_bytes, error)),
         }
     }

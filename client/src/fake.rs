@@ -249,7 +249,8 @@ impl Fake {
                     state.held.insert(chunk.index, chunk.payload.to_vec());
                 }
                 Some(Sent::Finish(finish)) => {
-                    let whole = self.state().held.len() as u32 == self.plan().chunks();
+                    let chunks = self.plan().chunks();
+                    let whole = self.state().held.len() as u32 == chunks;
                     assert!(whole && part.0 == 0, "finished early, or by another part");
                     self.state().accepted = Some(finish);
                     answer(Part::Accepted(UploadAccepted { duplicate: false })).await;

@@ -110,7 +110,8 @@ impl Link {
     }
 
     /// Calls until it succeeds or fails for good; `what` names the call in the log. Dropping the future
-    /// gives up.
+    /// gives up. The waits between tries grow only while they fail over one session: a connection that broke
+    /// and came back says nothing about the next try, and a long transfer may lose several.
     ///
     /// # Errors
     /// The status of a call whose repetition would fail as well.
@@ -120,6 +121,7 @@ impl Link {
         Answer: Future<Output = Result<T, Status>>,
     {
         let mut backoff = Backoff::new(NETWORK);
+        let mut last_failed = None;
         loop {
             let session = self.session().await;
             let generation = session.generation;
@@ -139,6 +141,9 @@ impl Link {
                     self.successor(generation).await;
                 }
                 Verdict::Repeat => {
+                    if last_failed.replace(generation) != Some(generation) {
+                        backoff.reset();
+                    }
                     let wait = backoff.next(&mut rand::rng());
                     warn!("{what} failed ({}); next try in {:.1} s", describe(&status), wait.as_secs_f64());
                     tokio::time::sleep(wait).await;
@@ -222,6 +227,23 @@ mod tests {
         };
         let (answer, ()) = tokio::join!(call, renew);
         assert_eq!(answer.unwrap(), 4);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn waits_do_not_grow_from_one_lost_session_to_the_next() {
+        let (link, keeper) = link();
+        keeper.publish(Some(session(1)));
+        let begin = tokio::time::Instant::now();
+        let call = link.call("test", |session: Session| {
+            keeper.publish(Some(self::session(session.generation + 1)));
+            std::future::ready(match session.generation {
+                0..=20 => Err(Status::unavailable("the connection broke off")),
+                _ => Ok(()),
+            })
+        });
+        call.await.unwrap();
+        // Of the paused clock: twenty first waits.
+        assert!(begin.elapsed() <= 20 * NETWORK.first + Duration::from_millis(100), "{:?}", begin.elapsed());
     }
 
     #[test]

@@ -94,5 +94,26 @@ mod tests {
             prop_assert_eq!(next, parameters);
             prop_assert!(plan.range(plan.chunks()).is_err());
         }
+
+        #[test]
+        fn any_index_of_any_plan_is_within_the_vector_or_refused(
+            chunks in prop_oneof![0u32..100, any::<u32>()],
+            chunk in prop_oneof![1u32..100, 1u32..],
+            missing: u32,
+            index in prop_oneof![0u32..100, any::<u32>()],
+        ) {
+            let parameters = (u64::from(chunks) * u64::from(chunk)).saturating_sub(u64::from(missing % chunk));
+            let plan = ChunkPlan::new(parameters, chunk);
+            prop_assert_eq!(plan.chunks(), chunks);
+            for index in [index, chunks.wrapping_sub(1), chunks] {
+                match plan.range(index) {
+                    Ok(range) => {
+                        prop_assert!(index < chunks && range.start < range.end && range.end <= parameters);
+                        prop_assert!(plan.length(index).unwrap() <= chunk as usize);
+                    }
+                    Err(error) => prop_assert_eq!(error, NoSuchChunk { index, chunks }),
+                }
+            }
+        }
     }
 }

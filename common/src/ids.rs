@@ -221,7 +221,29 @@ impl fmt::Debug for Digest {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #[test]
+        fn any_text_is_a_name_as_it_stands_or_refused(text in "([a-z0-9-]{0,42}|\\PC{0,42})") {
+            if let Ok(name) = text.parse::<SiteName>() {
+                prop_assert_eq!(name.as_str(), &text);
+                // It becomes the name of a folder.
+                prop_assert!(!text.is_empty() && text.len() <= 40 && !text.contains(['/', '.']));
+                prop_assert!(text.parse::<RunName>().is_ok());
+            }
+        }
+
+        #[test]
+        fn any_bytes_are_a_digest_or_an_id_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..40)) {
+            prop_assert_eq!(Digest::try_from(bytes.as_slice()).is_ok(), bytes.len() == 32);
+            prop_assert_eq!(DeltaId::try_from(bytes.as_slice()).is_ok(), bytes.len() == 16);
+            let text = String::from_utf8_lossy(&bytes).into_owned();
+            prop_assert!(text.parse::<Digest>().is_err() && DeltaId::try_from(text).is_err());
+        }
+    }
 
     #[test]
     fn names_are_labels() {

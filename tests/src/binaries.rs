@@ -15,14 +15,14 @@ fn directory() -> &'static Path {
     DIRECTORY.get_or_init(|| {
         let test = std::env::current_exe().expect("a test knows its own path");
         let directory = test.ancestors().nth(2).expect("tests lie in target/<profile>/deps");
-        build_once(&directory.join("consort-tests.built"));
+        build_once(&directory.join("consort-tests.built"), directory.ends_with("release"));
         directory.to_owned()
     })
 }
 
 /// Builds, unless another test of the same run did: nextest gives each test a process of its own, and
 /// cargo takes a second to see that nothing changed. `marker` holds the name of the run that built last.
-fn build_once(marker: &Path) {
+fn build_once(marker: &Path, release: bool) {
     let mut file = File::options()
         .create(true)
         .truncate(false)
@@ -37,16 +37,21 @@ fn build_once(marker: &Path) {
     if !run.is_empty() && run == built {
         return;
     }
-    build();
+    build(release);
     file.set_len(0).expect("the marker can be emptied");
     file.rewind().expect("the marker can be rewound");
     file.write_all(run.as_bytes()).expect("the marker can be written");
 }
 
-fn build() {
+/// Benchmarks, which cargo builds for release, need the aggregator and the CLI only, and no libtorch.
+fn build(release: bool) {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml");
+    let which: &[&str] =
+        if release { &["--release", "--package=consort-aggregator"] } else { &["--workspace"] };
     let status = Command::new(env!("CARGO"))
-        .args(["build", "--quiet", "--workspace", "--bins", "--manifest-path"])
+        .args(["build", "--quiet", "--bins"])
+        .args(which)
+        .arg("--manifest-path")
         .arg(manifest)
         .status()
         .expect("cargo can be run");

@@ -154,13 +154,19 @@ impl TestFederation {
 
     /// Starts a site's daemon on one CPU thread.
     pub fn start_client(&mut self, site: &str) {
+        let endpoint = self.endpoint().to_owned();
+        self.start_client_through(site, &endpoint);
+    }
+
+    /// The same, by another way than the aggregator's own endpoint.
+    pub fn start_client_through(&mut self, site: &str, endpoint: &str) {
         let kit = self.kit(&format!("site-{site}"));
         let process = Process::start(
             Command::new(binaries::client())
                 .arg("run")
                 .arg("--config")
                 .arg(kit.join("client.toml"))
-                .env("CONSORT_CLIENT_ENDPOINT", self.endpoint())
+                .env("CONSORT_CLIENT_ENDPOINT", endpoint)
                 .env(
                     "CONSORT_CLIENT_DEVICE__KIND",
                     std::env::var("CONSORT_TEST_DEVICE").unwrap_or("cpu".to_owned()),

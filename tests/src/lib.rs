@@ -6,9 +6,13 @@
 pub mod binaries;
 pub mod federation;
 pub mod forgery;
+pub mod hostile;
+pub mod limits;
+pub mod load;
 pub mod machine;
 pub mod phases;
 pub mod process;
+pub mod proxy;
 pub mod raw;
 pub mod texts;
 

@@ -2,7 +2,8 @@
 //! that was killed, too, so that a test knows what it has hit.
 
 use std::{
-    fs,
+    fs::{self, File},
+    io::Read,
     path::{Path, PathBuf},
 };
 
@@ -67,10 +68,9 @@ impl Files {
         let chunks = self.spec.chunk_plan().chunks() as usize;
         entries(&rounds).iter().any(|round| {
             let site = rounds.join(round).join(&self.site);
-            let some = entries(&site).iter().any(|delta| {
-                let held = entries(&site.join(delta)).iter().filter(|name| name.ends_with(".chunk")).count();
-                (1..chunks).contains(&held)
-            });
+            let some = entries(&site)
+                .iter()
+                .any(|delta| (1..chunks).contains(&chunks_held(&site.join(delta), chunks)));
             // What a reduced round leaves in the spool is on its way out.
             some && !self.aggregator_state.join("models").join(run).join(round).exists()
         })
@@ -94,6 +94,14 @@ impl Files {
     fn site_files(&self) -> Vec<String> {
         entries(&self.site_state.join("runs").join(self.spec.name.as_str()))
     }
+}
+
+/// Chunks that a delta's file holds: it begins with an entry of 64 bytes for each, zeros where it is missing.
+fn chunks_held(delta: &Path, chunks: usize) -> usize {
+    let mut table = Vec::new();
+    let read = File::open(delta).and_then(|file| file.take(64 * chunks as u64).read_to_end(&mut table));
+    // It may be gone already.
+    read.map_or(0, |_| table.chunks(64).filter(|entry| entry.starts_with(b"chnk")).count())
 }
 
 /// The names in a folder; none if it is not there, or no longer.

@@ -65,9 +65,23 @@ impl Process {
 
     /// The most memory that it had resident so far, in bytes.
     pub fn peak_memory_bytes(&self) -> u64 {
+        self.memory("VmHWM:")
+    }
+
+    /// The memory that it has resident, in bytes.
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory("VmRSS:")
+    }
+
+    /// From now on, the peak is of what comes (proc(5), `clear_refs`).
+    pub fn forget_peak_memory(&self) {
+        fs::write(format!("/proc/{}/clear_refs", self.id()), "5").expect("a child's peak can be set back");
+    }
+
+    fn memory(&self, name: &str) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.id())).expect("Linux has /proc");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a process has a peak");
-        let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse().expect("the peak is a number");
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).expect("a process has memory");
+        let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse().expect("its size is a number");
         kibibytes * 1024
     }
 

@@ -154,7 +154,7 @@ impl RawSite {
             software_version: "raw".to_owned(),
             instance_id: self.instance.to_vec(),
             device: "none".to_owned(),
-            encodings: Vec::new(),
+            encodings: Encoding::ALL.map(|encoding| encoding.name().to_owned()).to_vec(),
         };
         self.session = soon("a session", self.client.join(request)).await?.into_inner().session_id;
         Ok(())

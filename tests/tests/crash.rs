@@ -1,6 +1,6 @@
 //! `kill -9` at any instant loses nothing that was acknowledged and changes nothing in the result.
 //!
-//! Full participation, CPU, fp32: every version of the global model, and every checkpoint, must be the same
+//! Full participation, CPU, fp32 weights: every version of the global model, and every checkpoint, must be the same
 //! bits as without any kill.
 
 use std::time::Duration;
@@ -120,7 +120,10 @@ fn ten_random_kills_change_no_bit_of_any_version() {
     println!("replay with CONSORT_KILL_SEED={seed}");
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     // A kill comes in the round of its number or, as it waits for up to one round, some rounds later.
-    let spec = spec(16);
+    // Deltas with error feedback and versions that travel as updates: what both sides keep of the rounds
+    // before must survive as well.
+    let wire = "[wire]\ndelta_encoding = \"2bit\"\nmodel_encoding = \"2bit-update\"\n";
+    let spec = spec(16).replace("[wire]\n", wire);
     let mut quiet = TestFederation::new(&SITES);
     start(&mut quiet, &spec);
     let expected = outcome(&quiet);
@@ -154,9 +157,14 @@ fn large_spec() -> String {
         .replace("tokens_max = 2000", "tokens_max = 4000\nheld_out_fraction = 0.2")
 }
 
-/// Enough text for the bank's preparation to be caught.
-fn much_text(federation: &TestFederation) {
-    texts::write(&federation.kit("site-bank").join("data"), 0, 25_000);
+/// Enough text for the bank's preparation to be caught, and a limit for its uploads to be: 5.6 MB take two
+/// seconds.
+fn slow_bank(federation: &TestFederation) {
+    let kit = federation.kit("site-bank");
+    texts::write(&kit.join("data"), 0, 25_000);
+    let mut config = std::fs::read_to_string(kit.join("client.toml")).expect("the kit has a configuration");
+    config += "\n[transfer]\nupload_bytes_per_second = 2_800_000\n";
+    std::fs::write(kit.join("client.toml"), config).expect("the configuration can be written");
 }
 
 /// Whether the files tell that a process is in a phase.
@@ -196,7 +204,7 @@ fn every_process_killed_in_every_phase_of_a_round_goes_on_to_the_same_bits() {
     ];
     let spec = large_spec();
     let mut federation = TestFederation::new(&SITES);
-    much_text(&federation);
+    slow_bank(&federation);
     federation.start_aggregator();
     federation.start_run(&spec);
     assert_eq!(federation.json(&["runs", "show", RUN])["phase"], "waiting");
@@ -208,7 +216,7 @@ fn every_process_killed_in_every_phase_of_a_round_goes_on_to_the_same_bits() {
     for (victim, phase, is_in) in kills {
         kill_in(&mut federation, &spec, victim, phase, is_in);
     }
-    assert_eq!(outcome(&federation), undisturbed(&spec, much_text));
+    assert_eq!(outcome(&federation), undisturbed(&spec, slow_bank));
 }
 
 /// A run must not depend on what died where between two rounds either.

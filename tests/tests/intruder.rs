@@ -255,12 +255,12 @@ async fn a_message_above_eight_mebibytes_is_refused_before_it_is_buffered() {
     let mut bank = RawSite::ready(&federation, "bank", "pilot").await;
     let assignment = bank.assignment(1).await;
     let delta = Delta::constant(&assignment, 0.5);
-    let stored = federation.stored();
     let before = federation.aggregator().peak_memory_bytes();
 
     // In a chunk, in the first message, and in a call without a stream.
     let mut upload = bank.begin(&delta.begin).await.expect("an upload begins");
     assert!(upload.held().await.expect("an upload begins").is_empty());
+    let stored = federation.stored();
     let chunk = chunk_of(0, vec![0; FLOOD]);
     assert_refused(upload.send_chunk(&chunk).await, Code::OutOfRange, &["too large", "limit"]);
     let begin = DeltaBegin { encoding: "x".repeat(FLOOD), ..delta.begin };

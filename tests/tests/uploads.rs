@@ -141,9 +141,9 @@ async fn a_wrong_chunk_is_refused_with_what_is_wrong_and_is_not_stored() {
         (holding(f32::NEG_INFINITY), vec!["chunk 2", "value 100", "-inf", "must be finite"]),
     ];
     for (chunk, words) in cases {
-        let stored = federation.stored();
         let mut upload = bank.begin(&delta.begin).await.expect("an upload begins");
         assert!(upload.held().await.expect("an upload begins").is_empty());
+        let stored = federation.stored();
         assert_refused(upload.send_chunk(&chunk).await, Code::InvalidArgument, &words);
         assert_eq!(federation.stored(), stored, "{words:?}");
     }
@@ -594,13 +594,13 @@ async fn a_full_disk_stops_neither_the_aggregator_nor_the_run_once_there_is_room
     bank.upload(&delta).await.expect("there is room");
     let delta = Delta::constant(&bank.assignment(2).await, 0.001);
 
-    // Full when the round is reduced, but for what the database needs.
+    // Full from before the round is folded, but for what the database needs.
     let mut upload = bank.begin(&delta.begin).await.expect("an upload begins");
     upload.held().await.expect("nothing is held");
-    for chunk in &delta.chunks {
-        upload.send_chunk(chunk).await.expect("there is room");
-    }
     disk.fill(64 << 10);
+    for chunk in &delta.chunks {
+        upload.send_chunk(chunk).await.expect("its space was taken");
+    }
     upload.finish(&delta.finish).await.expect("the database has room");
     federation.aggregator().wait_for_output("the reduction failed");
     disk.make_room();

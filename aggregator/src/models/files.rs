@@ -4,6 +4,7 @@ use std::{
     fs::{self, File},
     io,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use consort_common::{
@@ -88,13 +89,13 @@ pub(super) struct StoredPart {
 #[derive(Debug)]
 pub(super) struct NewFiles {
     pub(super) partial: PathBuf,
-    pub(super) parts: Parts<File>,
+    pub(super) parts: Arc<Parts<File>>,
 }
 
 impl NewFiles {
     pub(super) fn create(partial: PathBuf, layout: ModelLayout, version: u32) -> io::Result<Self> {
         match Parts::of(layout, version, |name, bytes| create_reserved(&partial.join(name), bytes)) {
-            Ok(parts) => Ok(Self { partial, parts }),
+            Ok(parts) => Ok(Self { partial, parts: Arc::new(parts) }),
             Err(error) => {
                 // What was reserved before the disk was full is given back.
                 let _ = atomic_file::remove_directory(&partial);

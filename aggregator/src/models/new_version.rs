@@ -15,6 +15,7 @@ use super::{
         DIGESTS_FILE, Digests, MOMENTUM_FILE, NewFiles, PARAMETERS_FILE, Place, RESIDUAL_FILE, UPDATE_FILE,
         checksum,
     },
+    writeback::Writeback,
 };
 
 /// Bytes of a vector that are read and hashed at a time.
@@ -51,11 +52,18 @@ pub struct NewVersion {
     place: Place,
     layout: ModelLayout,
     files: NewFiles,
+    writeback: Writeback,
 }
 
 impl NewVersion {
-    pub(super) fn new(models: ModelFiles, place: Place, layout: ModelLayout, files: NewFiles) -> Self {
-        Self { models, place, layout, files }
+    pub(super) fn new(
+        models: ModelFiles,
+        place: Place,
+        layout: ModelLayout,
+        files: NewFiles,
+        writeback: Writeback,
+    ) -> Self {
+        Self { models, place, layout, files, writeback }
     }
 
     /// What it consists of.
@@ -94,39 +102,42 @@ impl NewVersion {
         if bytes.iter().any(|byte| *byte != 0) {
             file.write_all_at(bytes, self.layout.offset(name, index)?)
                 .map_err(|error| self.explain(error))?;
+            self.writeback.written(bytes.len() as u64);
         }
         Ok(checksum(bytes))
     }
 
     /// Makes the version durable and puts it in its place, with the records of its chunks in order.
     pub(crate) fn finish(self, chunks: &[ChunkRecord]) -> Result<ModelVersion, ModelError> {
+        let Self { models, place, layout, files, writeback } = self;
+        let explain = |error| models.explain(&place, layout.version_bytes(place.version), error);
         // The whole vector is hashed while the disk is busy. It is read back for that, which costs a pass
         // over cached pages: chunks may have been written in any order.
         let whole = thread::scope(|scope| {
-            let sync = scope.spawn(|| self.files.sync());
-            let whole = hash(&self.files.parts.parameters, self.layout.vector_bytes());
+            let sync = scope.spawn(|| writeback.finish().and_then(|()| files.sync()));
+            let whole = hash(&files.parts.parameters, layout.vector_bytes());
             let synced =
                 sync.join().unwrap_or_else(|_| Err(io::Error::other("the thread that syncs failed")));
             synced.and(whole)
         });
         let checksums = (0..4).map(|part| chunks.iter().filter_map(|chunk| chunk.checksums[part]).collect());
         let digests = Digests {
-            whole: whole.map_err(|error| self.explain(error))?,
+            whole: whole.map_err(explain)?,
             chunks: chunks.iter().map(|chunk| chunk.whole).collect(),
             update: chunks.iter().filter_map(|chunk| chunk.update).collect(),
             checksums: checksums.collect(),
         };
-        atomic_file::write_durably(&self.files.partial.join(DIGESTS_FILE), |file| {
+        atomic_file::write_durably(&files.partial.join(DIGESTS_FILE), |file| {
             file.write_all(&digests.to_bytes())
         })
-        .map_err(|error| self.explain(error))?;
-        atomic_file::rename_directory_into_place(&self.files.partial, &self.place.directory)?;
+        .map_err(explain)?;
+        atomic_file::rename_directory_into_place(&files.partial, &place.directory)?;
         // The run's directory, and the first time the root, are new entries too.
-        let ancestors = self.place.directory.ancestors().skip(2).take(2);
+        let ancestors = place.directory.ancestors().skip(2).take(2);
         ancestors
             .filter(|ancestor| !ancestor.as_os_str().is_empty())
             .try_for_each(atomic_file::sync_directory)?;
-        self.models.open(&self.place.run, self.place.version, self.layout)
+        models.open(&place.run, place.version, layout)
     }
 
     fn explain(&self, error: io::Error) -> ModelError {

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::{
-    files::{DIGEST_BYTES, DIGESTS_FILE},
+    files::{DIGEST_BYTES, DIGESTS_FILE, Digests},
     *,
 };
 
@@ -61,6 +61,30 @@ fn files_of(models: &ModelFiles) -> Vec<String> {
 }
 
 proptest! {
+    /// A record is taken only whole: what is damaged anywhere is none.
+    #[test]
+    fn any_bytes_are_a_record_as_written_or_none(
+        noise in prop::collection::vec(any::<u8>(), 0..300),
+        (chunks, parts, update) in (0usize..4, 0usize..3, any::<bool>()),
+        flips in prop::collection::vec((any::<prop::sample::Index>(), 0u8..8), 1..4),
+    ) {
+        prop_assert_eq!(Digests::from_bytes(&noise, chunks, parts, update), None);
+        let digest = |index: usize| Digest::of(&[index as u8]);
+        let record = Digests {
+            whole: digest(9),
+            chunks: (0..chunks).map(digest).collect(),
+            update: (0..if update { chunks } else { 0 }).map(digest).collect(),
+            checksums: vec![(0..chunks as u64).collect(); parts],
+        };
+        let bytes = record.to_bytes();
+        let mut damaged = bytes.clone();
+        for (place, bit) in flips {
+            damaged[place.index(bytes.len())] ^= 1 << bit;
+        }
+        let read = Digests::from_bytes(&damaged, chunks, parts, update);
+        prop_assert_eq!(read, (damaged == bytes).then_some(record));
+    }
+
     #[test]
     fn a_model_has_one_digest_however_it_is_cut(length in 0u16..3000, chunk in 1u32..1200, momentum: bool) {
         let (_folder, models) = models();

@@ -3,6 +3,7 @@
 use std::fs;
 
 use half::{bf16, f16};
+use proptest::prelude::*;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
 use super::*;
@@ -237,6 +238,44 @@ fn a_file_cut_anywhere_is_refused() {
     let huge = [&u64::MAX.to_le_bytes()[..], &whole[8..]].concat();
     fs::write(directory.join(MODEL_FILE), huge).unwrap();
     assert!(refusal(read(&directory)).contains("announces a header of 18446744073709551615 bytes"));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    /// A size that was made up must not be what is allocated.
+    #[test]
+    fn a_damaged_checkpoint_is_refused_or_a_whole_model(
+        file in prop::sample::select(vec![CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE]),
+        place in any::<prop::sample::Index>(),
+        instead in prop_oneof![
+            prop::collection::vec(any::<u8>(), 0..9),
+            prop::sample::select(vec![&b"9"[..], b"99999999999", b"-", b"null", b"[[[[[[", b"1e300"])
+                .prop_map(<[u8]>::to_vec),
+        ],
+        replaced in 0usize..9,
+    ) {
+        static ORIGINAL: std::sync::LazyLock<tempfile::TempDir> = std::sync::LazyLock::new(|| {
+            let root = tempfile::tempdir().unwrap();
+            write_byte_model(&root.path().join("checkpoint"), &llama(true));
+            root
+        });
+        let root = tempfile::tempdir().unwrap();
+        for entry in fs::read_dir(ORIGINAL.path().join("checkpoint")).unwrap() {
+            let entry = entry.unwrap();
+            fs::copy(entry.path(), root.path().join(entry.file_name())).unwrap();
+        }
+        let path = root.path().join(file);
+        let mut bytes = fs::read(&path).unwrap();
+        // Where the structure is; the rest of the weights are numbers.
+        let place = place.index(bytes.len().min(3_000));
+        bytes.splice(place..(place + replaced).min(bytes.len()), instead);
+        fs::write(&path, bytes).unwrap();
+        if let Ok(checkpoint) = read(root.path()) {
+            prop_assert_eq!(checkpoint.flat.len() as u64, checkpoint.architecture.manifest().parameters());
+            prop_assert!(checkpoint.flat.iter().all(|value| value.is_finite()));
+        }
+    }
 }
 
 #[test]

@@ -149,6 +149,37 @@ proptest! {
         }
     }
 
+    /// Of the only length that is looked into: most other bytes are refused unread.
+    #[test]
+    fn any_bytes_of_the_right_length_decode_to_finite_values_or_an_error(
+        noise in prop::collection::vec(any::<u8>(), 1..600),
+        length in prop_oneof![0usize..600, 4000usize..4300],
+        // Noise alone seldom has scales that are numbers.
+        quiet: bool,
+    ) {
+        for encoding in Encoding::ALL {
+            let codec = encoding.codec();
+            let mut payload: Vec<u8> = noise.iter().copied().cycle().take(codec.encoded_bytes(length)).collect();
+            if quiet {
+                payload.iter_mut().for_each(|byte| *byte &= 0x3b);
+            }
+            let mut values = vec![0.0; length];
+            if codec.decode(&payload, &mut values).is_ok() {
+                prop_assert!(values.iter().all(|value| value.is_finite()), "{:?}", encoding);
+            }
+        }
+    }
+
+    #[test]
+    fn any_text_is_the_name_of_a_form_or_refused(text in "(fp32|bf16|[a-z0-9-]{0,8}|\\PC{0,20})(-update)?") {
+        if let Some(encoding) = Encoding::parse(&text) {
+            prop_assert_eq!(encoding.name(), &text);
+        }
+        if let Ok(form) = text.parse::<ModelEncoding>() {
+            prop_assert_eq!(form.to_string(), text);
+        }
+    }
+
     #[test]
     fn topk_keeps_the_largest_and_of_equal_ones_the_first(
         // Few distinct values, so that most are equal to others.

@@ -51,10 +51,11 @@ pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
 /// See [`KEEPALIVE_INTERVAL`].
 pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// HTTP/2 flow-control windows in bytes, one stream and one connection. Sketch: 1 Gbit/s with a round
-/// trip of 60 ms has 7.5 MB in flight; HTTP/2's own 64 KiB would allow 9 Mbit/s.
-pub const STREAM_WINDOW_BYTES: u32 = 8 << 20;
+/// trip of 100 ms has 12.5 MB in flight; HTTP/2's own 64 KiB would allow 5 Mbit/s. A connection has room
+/// beside one full stream, so that a transfer that waits for the disk holds up no other call.
+pub const STREAM_WINDOW_BYTES: u32 = 16 << 20;
 /// See [`STREAM_WINDOW_BYTES`].
-pub const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+pub const CONNECTION_WINDOW_BYTES: u32 = 24 << 20;
 
 /// The `[tls]` table of every configuration file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -507,3 +507,15 @@ fn addresses_are_read_in_both_forms() {
     check("aggregator/path:7443", "neither a name nor an IP address");
     check("", "port is missing");
 }
+
+proptest::proptest! {
+    #[test]
+    fn any_text_is_an_address_that_is_read_again_or_refused(
+        text in "(https://)?(\\PC{0,20}|[a-z0-9.-]{0,20}|\\[[0-9a-f:.]{0,20}\\]?)(:[0-9]{0,7})?/?",
+    ) {
+        if let Ok(address) = text.parse::<ServerAddress>() {
+            proptest::prop_assert!(address.port() > 0);
+            proptest::prop_assert_eq!(address.to_string().parse::<ServerAddress>(), Ok(address));
+        }
+    }
+}
