@@ -128,7 +128,7 @@ async fn digest_with_a_local_spool() -> Vec<u8> {
     RawOperator::new(&federation).committed(RUN, 1).await.version_digest
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn an_upload_goes_on_after_a_sigkill_with_exactly_the_acknowledged_chunks_and_gives_the_same_bits() {
     let server = S3Server::start();
     let mut federation = federation(Some(&server), 2);
@@ -160,7 +160,9 @@ async fn an_upload_goes_on_after_a_sigkill_with_exactly_the_acknowledged_chunks_
     // Accepted, and not averaged: that too outlives the aggregator.
     federation.kill_aggregator();
     federation.start_aggregator();
-    clinic.get_ready(RUN).await;
+    for site in [&mut bank, &mut clinic] {
+        site.get_ready(RUN).await;
+    }
     clinic.assignment(1).await;
     assert!(!clinic.upload(&ramp(&assignment, -0.3)).await.expect("the delta is right"));
 
@@ -171,8 +173,8 @@ async fn an_upload_goes_on_after_a_sigkill_with_exactly_the_acknowledged_chunks_
     assert_published(&federation, &server, 1);
 
     // The next round's checkpoint takes the place of this one's.
-    let ([mut bank, mut clinic], assignment) = assigned(&federation, 2).await;
     for site in [&mut bank, &mut clinic] {
+        let assignment = site.assignment(2).await;
         site.upload(&ramp(&assignment, 0.01)).await.expect("the delta is right");
     }
     wait_for("the first checkpoint to be retired", || {
@@ -181,7 +183,7 @@ async fn an_upload_goes_on_after_a_sigkill_with_exactly_the_acknowledged_chunks_
     assert!(server.path(&format!("{}/manifest.json", checkpoint(2))).exists());
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_checkpoint_is_published_whole_or_not_at_all() {
     let server = S3Server::start();
     let mut federation = federation(Some(&server), 1);
@@ -202,7 +204,7 @@ async fn a_checkpoint_is_published_whole_or_not_at_all() {
     assert_published(&federation, &server, 1);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_is_down_costs_only_time() {
     let mut server = S3Server::start();
     let mut federation = federation(Some(&server), 2);
@@ -248,7 +250,7 @@ async fn a_store_that_is_down_costs_only_time() {
     assert_eq!(run.version_digest, digest_with_a_local_spool().await);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_is_full_is_told_to_the_sender_and_loses_nothing() {
     let server = S3Server::start();
     let mut federation = federation(Some(&server), 2);
@@ -267,7 +269,7 @@ async fn a_store_that_is_full_is_told_to_the_sender_and_loses_nothing() {
     upload.send_chunk(&delta.chunks[4]).await.expect("there is room");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn the_bounds_of_the_spool_hold_in_the_store_too() {
     let server = S3Server::start();
     let mut federation = TestFederation::new(&SITES);

@@ -169,19 +169,24 @@ async fn answer(
         faults.hits += usize::from(fault.is_some());
         fault
     };
+    // The crate would make any bucket that is written to.
+    if request.uri().path().trim_start_matches('/').split('/').next() != Some(BUCKET) {
+        return Ok(refusal(StatusCode::NOT_FOUND, "NoSuchBucket"));
+    }
     match fault {
         Some(Fault::Held) => std::future::pending().await,
-        Some(Fault::Full) => {
-            let body = "<Error><Code>QuotaExceeded</Code></Error>".to_owned();
-            let mut response = Response::new(Body::from(body));
-            *response.status_mut() = StatusCode::FORBIDDEN;
-            Ok(response)
-        }
+        Some(Fault::Full) => Ok(refusal(StatusCode::FORBIDDEN, "QuotaExceeded")),
         None => {
             let answered = hyper::service::Service::call(&service, request).await;
             Ok(answered.unwrap_or_else(|error| panic!("the server failed: {error:?}")))
         }
     }
+}
+
+fn refusal(status: StatusCode, code: &str) -> Response<Body> {
+    let mut response = Response::new(Body::from(format!("<Error><Code>{code}</Code></Error>")));
+    *response.status_mut() = status;
+    response
 }
 
 fn lock(faults: &Mutex<Faults>) -> MutexGuard<'_, Faults> {
