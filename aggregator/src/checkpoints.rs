@@ -128,7 +128,7 @@ impl Turn<'_> {
         match storage.get(&name, MANIFEST_BYTES_MAX).await {
             Ok(found) if found == text => return Ok(()),
             // Of other files: what follows must not be seen half done.
-            Ok(_) => storage.delete(&[name.clone()]).await?,
+            Ok(_) => storage.delete(std::slice::from_ref(&name)).await?,
             Err(error) if error.fault() == Fault::NotFound => {}
             Err(error) => return Err(error.into()),
         }

@@ -235,7 +235,7 @@ impl Storage {
         self.put(&name, content.clone().into()).await?;
         let found = self.get(&name, content.len() as u64).await;
         let listed: Result<Vec<_>, _> = self.list(&name).try_collect().await;
-        self.delete(&[name.clone()]).await?;
+        self.delete(std::slice::from_ref(&name)).await?;
         listed?;
         if found? == content {
             return Ok(());
