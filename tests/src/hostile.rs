@@ -47,8 +47,9 @@ pub async fn call(
     data_max: usize,
     random: &mut ChaCha8Rng,
 ) -> Answer {
-    let (mut sender, outbound) = http_body_util::channel::Channel::new(PIECES_MAX + 1);
-    for piece in body.chunks((body.len() / random.random_range(1..=PIECES_MAX)).max(1)).take(PIECES_MAX) {
+    let (mut sender, outbound) = http_body_util::channel::Channel::new(PIECES_MAX);
+    let piece_bytes = body.len().div_ceil(random.random_range(1..=PIECES_MAX)).max(1);
+    for piece in body.chunks(piece_bytes) {
         sender.send_data(Bytes::copy_from_slice(piece)).await.expect("there is room");
     }
     if breaks_off {
