@@ -33,10 +33,65 @@ pub struct Config {
     pub state_directory: PathBuf,
     /// This aggregator's certificate, its key, the federation's CA.
     pub tls: CredentialFiles,
+    /// Where uploaded deltas wait and checkpoints are published, if not in the state directory alone.
+    pub storage: Storage,
     /// Bounds that protect the machine.
     pub limits: Limits,
     /// What is logged, to standard error.
     pub log: Log,
+}
+
+/// Where uploaded deltas wait and checkpoints are published. Credentials come from the environment.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Storage {
+    /// `s3://BUCKET/PREFIX`; empty: the state directory.
+    pub url: String,
+    /// URL of a store other than Amazon's.
+    pub endpoint: String,
+    /// Region of the bucket.
+    pub region: String,
+}
+
+impl Storage {
+    const SCHEME: &str = "s3://";
+
+    /// Where requests go, in words.
+    pub fn endpoint(&self) -> &str {
+        if self.endpoint.is_empty() { "Amazon S3" } else { &self.endpoint }
+    }
+
+    /// The parts of the URL.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn bucket_and_prefix(&self) -> Result<(&str, &str), String> {
+        let path = self.url.strip_prefix(Self::SCHEME);
+        let (bucket, prefix) = path.map_or(("", ""), |path| path.split_once('/').unwrap_or((path, "")));
+        if bucket.is_empty() {
+            return Err(format!("is {:?}; must be s3://BUCKET or s3://BUCKET/PREFIX", self.url));
+        }
+        Ok((bucket, prefix))
+    }
+
+    fn check(&self, problems: &mut String) {
+        if self.url.is_empty() {
+            for (key, value) in [("endpoint", &self.endpoint), ("region", &self.region)] {
+                if !value.is_empty() {
+                    *problems += &format!("\n  storage.{key}: is set without storage.url; set both or none");
+                }
+            }
+            return;
+        }
+        if let Err(problem) = self.bucket_and_prefix() {
+            *problems += &format!("\n  storage.url: {problem}");
+        }
+        let is_url = ["http://", "https://"].iter().any(|scheme| self.endpoint.starts_with(scheme));
+        if !self.endpoint.is_empty() && !is_url {
+            *problems +=
+                &format!("\n  storage.endpoint: is {:?}; must begin with https:// or http://", self.endpoint);
+        }
+    }
 }
 
 /// Bounds that protect the machine.
@@ -93,6 +148,7 @@ impl Default for Config {
                 key: "key.pem".into(),
                 ca: "ca.pem".into(),
             },
+            storage: Storage::default(),
             limits: Limits::default(),
             log: Log::default(),
         }
@@ -163,6 +219,7 @@ impl Config {
 
     fn check(&self) -> Result<(), String> {
         let mut problems = String::new();
+        self.storage.check(&mut problems);
         for (key, value) in [
             ("limits.stall_seconds", self.limits.stall_seconds),
             ("limits.uploads_max", self.limits.uploads_max as u64),
@@ -209,9 +266,21 @@ mod tests {
             ("lisen = '0.0.0.0:1'", "lisen"),
             ("[limits]\nuploads_max = 'many'", "uploads_max"),
             ("[limits]\nstall_seconds = 0", "limits.stall_seconds"),
+            ("[storage]\nurl = '/srv/spool'", "storage.url"),
+            ("[storage]\nurl = 's3:///prefix'", "storage.url"),
+            ("[storage]\nendpoint = 'https://minio:9000'", "storage.endpoint: is set without storage.url"),
+            ("[storage]\nurl = 's3://bucket'\nendpoint = 'minio:9000'", "storage.endpoint"),
         ] {
             let message = load(toml).unwrap_err().to_string();
             assert!(message.contains(word), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_storage_url_names_a_bucket_and_perhaps_a_prefix() {
+        for (url, expected) in [("s3://b", ("b", "")), ("s3://b/", ("b", "")), ("s3://b/p/q", ("b", "p/q"))] {
+            let storage = load(&format!("[storage]\nurl = '{url}'")).unwrap().storage;
+            assert_eq!(storage.bucket_and_prefix(), Ok(expected));
         }
     }
 

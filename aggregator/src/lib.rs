@@ -7,6 +7,8 @@
 //! | [`sessions`] | who is connected, in memory | be durable |
 //! | [`store`] | the database: state, records, log | hold model data |
 //! | [`spool`] | uploaded chunks, durable before they are acknowledged | know what a payload means |
+//! | [`checkpoints`] | published checkpoints in an object store | decide which are kept |
+//! | [`storage`] | an S3-compatible object store, where one is configured | know what an object means |
 //! | [`models`] | versions of the global model and the outer optimizer's state | know who asked |
 //! | [`reduce`] | decode, weighted mean, outer step, chunk by chunk | depend on arrival order |
 //! | [`service`] | gRPC: translate, authorise, call the driver | decide anything |
@@ -15,6 +17,7 @@
 //! | [`pki`] | certificates for a start; used by the CLI only | run in the server |
 
 pub mod check;
+pub mod checkpoints;
 pub mod config;
 pub mod driver;
 pub mod engine;
@@ -25,5 +28,6 @@ pub mod server;
 pub mod service;
 pub mod sessions;
 pub mod spool;
+pub mod storage;
 pub mod store;
 pub mod views;

@@ -9,7 +9,13 @@ use consort_common::{
 use tonic::Status;
 
 use crate::{
-    engine::Rejection, models::ModelError, reduce::ReduceError, sessions::SessionError, spool::SpoolError,
+    checkpoints::UploadError,
+    engine::Rejection,
+    models::ModelError,
+    reduce::ReduceError,
+    sessions::SessionError,
+    spool::SpoolError,
+    storage::{OpenError, StorageError},
     store::StoreError,
 };
 
@@ -112,6 +118,15 @@ pub enum DriverError {
     /// A checkpoint could not be written.
     #[error(transparent)]
     Checkpoint(#[from] consort_common::checkpoint::CheckpointError),
+    /// A checkpoint could not be uploaded.
+    #[error(transparent)]
+    Upload(#[from] UploadError),
+    /// The configured object store cannot be used.
+    #[error(transparent)]
+    OpenStorage(#[from] OpenError),
+    /// The object store did not say what is in it.
+    #[error("the spool cannot be taken up: {0}")]
+    Storage(#[from] StorageError),
     /// Another aggregator works in the state directory.
     #[error("another aggregator uses the state directory {path}; stop it, or give this one a directory of its own", path = .0.display())]
     DirectoryInUse(std::path::PathBuf),
@@ -177,6 +192,9 @@ impl From<DriverError> for Status {
             | DriverError::Model(_)
             | DriverError::Reduce(_)
             | DriverError::Checkpoint(_)
+            | DriverError::Upload(_)
+            | DriverError::OpenStorage(_)
+            | DriverError::Storage(_)
             | DriverError::State { .. }
             | DriverError::DirectoryInUse(_)
             | DriverError::TaskFailed(_)

@@ -44,11 +44,13 @@ pub use self::{
     sites::{Attendance, Evaluated, ReadyReport, UploadTicket},
 };
 use crate::{
+    checkpoints::Checkpoints,
     config::{Config, Limits},
     engine::{Effect, Event, RoundRecord, Run, RunStatus},
     models::ModelFiles,
     sessions::Sessions,
     spool::{Spool, SpooledDelta},
+    storage::Storage,
     store::{ContributionRow, EvaluationRow, Record, RoundCommit, RoundRow, Store},
 };
 
@@ -109,6 +111,7 @@ pub struct Driver {
     core: Mutex<Core>,
     store: Store,
     spool: Arc<Spool>,
+    checkpoints: Checkpoints,
     models: ModelFiles,
     limits: Limits,
     federation: String,
@@ -128,7 +131,8 @@ impl Driver {
     /// Opens the state directory and takes up every run where it was.
     ///
     /// # Errors
-    /// If the database, a run's specification or its state cannot be read, or another aggregator is here.
+    /// If the database, a run's specification or its state cannot be read, another aggregator is here, or the
+    /// configured object store cannot be used.
     pub async fn open(
         config: &Config,
         federation: &str,
@@ -136,14 +140,20 @@ impl Driver {
     ) -> Result<Arc<Self>, DriverError> {
         let directory = &config.state_directory;
         let lock = lock_directory(directory).await?;
+        let storage = Storage::open(&config.storage, directory).await?;
         let store = Store::open(&directory.join("consort.db")).await?;
+        let spool = match storage.clone() {
+            Some(storage) => Spool::in_storage(storage, config.limits.spool()).await?,
+            None => Spool::new(directory.join("spool"), config.limits.spool()),
+        };
         let (models, tasks) = (ModelFiles::new(directory.join("models")), TaskTracker::new());
         let reserve_bytes = config.limits.disk_reserve_bytes;
         let early = EarlyFolds::new(models.clone(), reserve_bytes, tasks.clone(), stopping.clone());
         let driver = Arc::new(Self {
             core: Mutex::default(),
             store,
-            spool: Arc::new(Spool::new(directory.join("spool"), config.limits.spool())),
+            spool: Arc::new(spool),
+            checkpoints: Checkpoints::new(storage),
             models,
             limits: config.limits.clone(),
             federation: federation.to_owned(),

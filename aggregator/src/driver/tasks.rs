@@ -153,6 +153,12 @@ impl Driver {
             .await
             .map_err(|_| DriverError::TaskFailed("the checkpoint"))??;
         let run = &material.name;
+        let turn = self.checkpoints.turn().await;
+        tokio::select! {
+            uploaded = turn.upload(run, version, &directory) => uploaded?,
+            // It goes on with the next start.
+            () = self.stopping.cancelled() => return Ok(()),
+        }
         tracing::info!(%run, version, path = %directory.display(), "checkpoint published");
         let row = CheckpointRow { version, path: directory, bytes, created_ms: unix_ms_now(), digest };
         let mut records = vec![Record::Checkpoint(row.clone())];
@@ -170,6 +176,10 @@ impl Driver {
                 let path = checkpoint.path.display();
                 tracing::warn!(%run, %path, %error, "a retired checkpoint's folder was not deleted; delete it by hand");
             }
+        }
+        let kept: Vec<u32> = self.store.checkpoints(run).await?.iter().map(|row| row.version).collect();
+        if let Err(error) = turn.retain(run, &kept).await {
+            tracing::warn!(%run, %error, "retired checkpoints are still in the object store; the next one published deletes them");
         }
         Ok(())
     }
