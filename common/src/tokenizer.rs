@@ -1,6 +1,8 @@
 //! The built-in byte-level tokenizer as a Hugging Face `tokenizer.json`: 256 byte tokens with the ids 0 to
 //! 255 and `<|endoftext|>` = 256. Sites and checkpoints thus know one tokenizer format only.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Map, Value, json};
 
 /// Text of the token that ends a document in the byte-level tokenizer.
@@ -68,6 +70,19 @@ pub fn token_id(tokenizer_json: &Value, text: &str) -> Option<u32> {
     u32::try_from(id).ok()
 }
 
+/// Every token of a `tokenizer.json` with its id, by its text.
+pub fn vocabulary(tokenizer_json: &Value) -> BTreeMap<String, u64> {
+    let vocabulary = &tokenizer_json["model"]["vocab"];
+    let mapped = vocabulary.as_object().into_iter().flatten();
+    let mapped = mapped.filter_map(|(text, id)| Some((text.clone(), id.as_u64()?)));
+    let listed = vocabulary.as_array().into_iter().flatten().zip(0..);
+    let listed = listed.filter_map(|(pair, id)| Some((pair[0].as_str()?.to_owned(), id)));
+    let added = tokenizer_json["added_tokens"].as_array().into_iter().flatten();
+    let added =
+        added.filter_map(|token| Some((token["content"].as_str()?.to_owned(), token["id"].as_u64()?)));
+    mapped.chain(listed).chain(added).collect()
+}
+
 /// Rows that an embedding needs for a `tokenizer.json`: one more than the largest token id.
 pub fn vocabulary_size(tokenizer_json: &Value) -> u64 {
     let added = tokenizer_json["added_tokens"].as_array().into_iter().flatten();
@@ -91,6 +106,8 @@ mod tests {
         let unigram = json!({"model": {"type": "Unigram", "vocab": [["<unk>", 0.0], ["</s>", -1.0]]}});
         assert_eq!(token_id(&unigram, "</s>"), Some(1));
         assert_eq!(token_id(&json!(null), "</s>"), None);
+        assert_eq!(vocabulary(&unigram), [("</s>".to_owned(), 1), ("<unk>".to_owned(), 0)].into());
+        assert_eq!((vocabulary(&byte).len(), vocabulary(&byte)["A"]), (257, 65));
         assert_eq!(
             (vocabulary_size(&byte), vocabulary_size(&unigram), vocabulary_size(&json!(null))),
             (257, 2, 0)
