@@ -13,7 +13,7 @@ use consort_common::{
 };
 
 use crate::{
-    data::{DataError, Dataset, HeldOut, Sampler, Tokenizer},
+    data::{DataError, Dataset, Feed, HeldOut, Sampler, Tokenizer},
     trainer::{Device, EvaluationSum, Sampling, Trainer, TrainerError},
 };
 
@@ -50,6 +50,8 @@ pub struct LocalProgress {
     pub tokens_per_second: f64,
     /// Mean training loss since the last report, nats per token.
     pub loss: f64,
+    /// Share of the time since the last report that was spent waiting for batches.
+    pub waited_share: f64,
 }
 
 /// Trains the specification's model on one dataset alone for `steps` optimizer steps, over which the learning
@@ -68,17 +70,15 @@ pub fn train_locally(
     cancelled: &dyn Fn() -> bool,
 ) -> Result<Vec<f32>, LocalError> {
     let training = &spec.training;
-    let mut sampler =
-        Sampler::new(dataset.train.clone(), training.sequence_length as usize, spec.seed, site)?;
+    let sampler = Sampler::new(dataset.train.clone(), training.sequence_length as usize, spec.seed, site)?;
+    let mut feed = Feed::new(sampler, training.batch_size as usize)?;
     let mut trainer = Trainer::new(&spec.model, training, steps, device)?;
     trainer.load(&spec.model.manifest().initialise(spec.seed))?;
 
-    let mut batch = Vec::new();
-    let (mut reported, mut tokens_reported) = (Instant::now(), 0);
+    let (mut reported, mut tokens_reported, mut waited_reported) = (Instant::now(), 0, feed.waited());
     let mut tokens = 0;
     for step in 0..steps {
-        sampler.next_batch(training.batch_size as usize, &mut batch)?;
-        tokens += trainer.step(&batch, step, cancelled)?.tokens;
+        tokens += trainer.step(feed.next_batch()?, step, cancelled)?.tokens;
         let done = step + 1;
         if (done.is_multiple_of(REPORT_STEPS) || done == steps)
             && let Some(loss) = trainer.take_loss()?
@@ -86,8 +86,9 @@ pub fn train_locally(
             let seconds = reported.elapsed().as_secs_f64().max(1e-9);
             #[allow(clippy::cast_precision_loss)]
             let tokens_per_second = (tokens - tokens_reported) as f64 / seconds;
-            progress(LocalProgress { step: done, steps, tokens, tokens_per_second, loss });
-            (reported, tokens_reported) = (Instant::now(), tokens);
+            let waited_share = (feed.waited() - waited_reported).as_secs_f64() / seconds;
+            progress(LocalProgress { step: done, steps, tokens, tokens_per_second, loss, waited_share });
+            (reported, tokens_reported, waited_reported) = (Instant::now(), tokens, feed.waited());
         }
     }
     Ok(trainer.parameters()?)

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::{
-    data::{Cursor, HeldOut, Sampler},
+    data::{Cursor, Feed, HeldOut, Sampler},
     model_file::ModelFile,
     prepare::Material,
     progress::Activity,
@@ -181,9 +181,8 @@ impl Job {
 struct Steps<'a> {
     trainer: &'a mut Trainer,
     job: &'a Job,
-    sampler: Sampler,
+    feed: Feed,
     progress: Progress,
-    batch: Vec<i64>,
     /// Steps whose loss was not read yet.
     steps_unread: u64,
     steps_without_update: u64,
@@ -191,6 +190,8 @@ struct Steps<'a> {
     loss: Option<f64>,
     /// When the loss was read last, and the tokens trained until then.
     read: (Instant, u64),
+    /// When this part of the round began.
+    began: Instant,
     /// When the time in `progress` was last brought up to date.
     clocked: Instant,
     saved: Instant,
@@ -203,14 +204,15 @@ impl<'a> Steps<'a> {
         let train = material.dataset.train.clone();
         let mut sampler = Sampler::new(train, sequence_length, material.spec.seed, material.site.as_str())?;
         sampler.seek(begun.cursor);
+        let feed = Feed::new(sampler, material.spec.training.batch_size as usize)?;
         let now = Instant::now();
         Ok(Self {
             trainer,
             job,
-            sampler,
+            feed,
+            began: now,
             read: (now, begun.progress.tokens),
             progress: begun.progress,
-            batch: Vec::new(),
             steps_unread: 0,
             steps_without_update: 0,
             loss: None,
@@ -222,17 +224,15 @@ impl<'a> Steps<'a> {
     /// One step, and what is due after it. After [`WorkError::Cancelled`] all is as before the step.
     fn step(&mut self) -> Result<(), WorkError> {
         let job = self.job;
-        let cursor = self.sampler.cursor();
-        self.sampler.next_batch(job.material.spec.training.batch_size as usize, &mut self.batch)?;
         let step = job.task.first_step + self.progress.steps;
-        match self.trainer.step(&self.batch, step, &|| job.cancel.is_cancelled()) {
+        match self.trainer.step(self.feed.next_batch()?, step, &|| job.cancel.is_cancelled()) {
             Ok(outcome) => {
                 self.progress.steps += 1;
                 self.progress.tokens += outcome.tokens;
                 self.steps_unread += 1;
             }
             Err(error) => {
-                self.sampler.seek(cursor);
+                self.feed.put_back();
                 return Err(error.into());
             }
         }
@@ -284,7 +284,7 @@ impl<'a> Steps<'a> {
             base_digest: self.job.task.base_digest,
             first_step: self.job.task.first_step,
             text: self.job.material.dataset.key,
-            cursor: self.sampler.cursor(),
+            cursor: self.feed.cursor(),
         };
         // A struct of numbers and texts always has a value.
         let cursor = serde_json::to_value(position).unwrap_or_default();
@@ -303,6 +303,13 @@ impl<'a> Steps<'a> {
 
     fn finish(mut self) -> Result<Trained, WorkError> {
         self.read_loss()?;
+        let waited = self.feed.waited().as_secs_f64() / self.began.elapsed().as_secs_f64().max(1e-9);
+        info!(
+            "round {}: {} steps are done, {:.2}% of the time went into waiting for data",
+            self.job.task.round,
+            self.progress.steps,
+            waited * 100.0
+        );
         #[allow(clippy::cast_precision_loss)]
         let train_loss = self.progress.loss_sum / self.progress.steps.max(1) as f64;
         Ok(Trained {

@@ -103,7 +103,13 @@ impl TrainArguments {
 fn progress_text(progress: &LocalProgress) -> String {
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
     let speed = units::count(progress.tokens_per_second as u64);
-    format!("step {} of {}, loss {:.4}, {speed} tokens/s", progress.step, progress.steps, progress.loss)
+    format!(
+        "step {} of {}, loss {:.4}, {speed} tokens/s, {:.2}% waiting for data",
+        progress.step,
+        progress.steps,
+        progress.loss,
+        progress.waited_share * 100.0
+    )
 }
 
 /// The run's `tokenizer.json` and its end of text.

@@ -157,6 +157,12 @@ pub enum DataError {
         /// Tokens in the shard.
         tokens: u64,
     },
+    /// No batches are read ahead any more.
+    #[error("the thread that reads the training text ahead {reason}; start again")]
+    Feed {
+        /// "has ended", or why it cannot be started.
+        reason: String,
+    },
     /// The caller asked to stop.
     #[error("preparing the data was cancelled; nothing was kept")]
     Cancelled,

@@ -7,6 +7,7 @@
 mod cache;
 mod documents;
 mod error;
+mod feed;
 mod held_out;
 mod prepare;
 mod sampler;
@@ -18,6 +19,7 @@ mod tokenizer;
 pub use self::{
     documents::{PIECE_BYTES_MAX, TXT_DOCUMENT_BYTES_MAX},
     error::DataError,
+    feed::Feed,
     held_out::HeldOut,
     prepare::{Dataset, PrepareProgress, PrepareRequest, prepare},
     sampler::{Cursor, Sampler},

@@ -246,6 +246,11 @@ pub(super) mod tests {
         Shard::open(&path).unwrap()
     }
 
+    /// How many clones of a shard there are, with itself.
+    pub(in super::super) fn owners(shard: &Shard) -> usize {
+        Arc::strong_count(&shard.map)
+    }
+
     fn write(path: &Path, ids: &[u32], vocabulary: usize) {
         let mut writer = ShardWriter::create(path.to_owned(), vocabulary).unwrap();
         writer.append(&TokenWidth::for_vocabulary(vocabulary).encode(ids), 3 * ids.len()).unwrap();
