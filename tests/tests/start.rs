@@ -75,9 +75,8 @@ fn a_run_goes_on_from_what_another_has_learnt() {
     federation.start_run(&tiny_spec("first", 2, 1));
     federation.start_client("bank");
     let finished = |federation: &TestFederation, run: &str| {
-        federation.wait_for_run(run, "the run to finish", |run| {
-            (run["status"] == "finished").then(|| run.clone())
-        })
+        federation
+            .wait_for_run(run, "the run to finish", |run| (run["status"] == "finished").then(|| run.clone()))
     };
     let first = finished(&federation, "first");
     assert_eq!(first["start"], Value::Null);
@@ -270,7 +269,10 @@ async fn a_start_that_is_wrong_is_refused_with_what_is_wrong() {
     let plain = tiny_spec("pilot", 1, 1);
     for (part, words) in [
         (Part::Chunk(scene.chunk(0)), &["begin"][..]),
-        (Part::Begin(StartBegin { model_digest: vec![1; 31], ..begin(&scene) }), &["model_digest", "32 bytes"]),
+        (
+            Part::Begin(StartBegin { model_digest: vec![1; 31], ..begin(&scene) }),
+            &["model_digest", "32 bytes"],
+        ),
         (Part::Begin(StartBegin { specification: plain, ..begin(&scene) }), &["no [start]"]),
         (Part::Begin(StartBegin { specification: "x".into(), ..begin(&scene) }), &["not TOML"]),
         (

@@ -51,7 +51,9 @@ pub enum DriverError {
         reason: String,
     },
     /// The model that the run is to start from has not arrived whole.
-    #[error("run {run} cannot be created: of the model that it starts from, {held} of {chunks} chunks have arrived; run `consort runs create` again, it goes on where it stopped")]
+    #[error(
+        "run {run} cannot be created: of the model that it starts from, {held} of {chunks} chunks have arrived; run `consort runs create` again, it goes on where it stopped"
+    )]
     StartIncomplete {
         /// The run.
         run: RunName,
@@ -61,7 +63,9 @@ pub enum DriverError {
         chunks: u32,
     },
     /// What arrived is another model than was announced.
-    #[error("run {run} cannot be created: the model that arrived has the digest {found}, not {announced} as announced; was the checkpoint changed meanwhile? What arrived is deleted: run `consort runs create` again")]
+    #[error(
+        "run {run} cannot be created: the model that arrived has the digest {found}, not {announced} as announced; was the checkpoint changed meanwhile? What arrived is deleted: run `consort runs create` again"
+    )]
     OtherStart {
         /// The run.
         run: RunName,

@@ -191,7 +191,8 @@ pub(super) fn create_version(
     model.seal();
     let version = match model.held().len() {
         held if held < material.plan.chunks() as usize => Err(incomplete(held)),
-        _ => check_digest(&model, &material.name, digest).and_then(|()| write_version(&model, models, material)),
+        _ => check_digest(&model, &material.name, digest)
+            .and_then(|()| write_version(&model, models, material)),
     };
     model.unseal();
     if let Err(DriverError::OtherStart { .. }) = version {

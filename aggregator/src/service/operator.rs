@@ -83,7 +83,8 @@ impl Operator for OperatorService {
             let part = match message.part {
                 Some(Part::Tokenizer(part)) if start.is_none() => part,
                 Some(Part::Start(model)) if start.is_none() => {
-                    start = Some(StartOrigin { digest: digest("digest", &model.digest)?, name: model.origin });
+                    start =
+                        Some(StartOrigin { digest: digest("digest", &model.digest)?, name: model.origin });
                     continue;
                 }
                 _ => {
@@ -100,7 +101,8 @@ impl Operator for OperatorService {
             tokenizer.extend_from_slice(&part.data);
         }
         let driver = self.driver.clone();
-        let created = self.driver.to_its_end(async move { driver.create_run(spec_toml, tokenizer, start).await });
+        let created =
+            self.driver.to_its_end(async move { driver.create_run(spec_toml, tokenizer, start).await });
         let run = created.await?;
         tracing::info!(%operator, %run, "run created");
         Ok(Response::new(v1::CreateRunResponse { run: Some(views::run_summary(&self.driver, &run).await?) }))

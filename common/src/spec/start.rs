@@ -83,7 +83,8 @@ impl StartingPoint {
             // All others differ then, and say nothing more.
             false => ours.keys().filter(|key| *key == "architecture").collect(),
         };
-        let shown = |table: &Table, key: &String| table.get(key).map_or("absent".to_owned(), ToString::to_string);
+        let shown =
+            |table: &Table, key: &String| table.get(key).map_or("absent".to_owned(), ToString::to_string);
         let problem = |key: &String| Problem {
             path: format!("model.{key}"),
             message: format!(
@@ -103,11 +104,12 @@ impl StartingPoint {
             path: "tokenizer".to_owned(),
             message: format!("{message}: leave [tokenizer] out to take the checkpoint's"),
         };
-        let texts: BTreeMap<u64, &str> =
-            theirs.iter().map(|(text, id)| (*id, text.as_str())).collect();
+        let texts: BTreeMap<u64, &str> = theirs.iter().map(|(text, id)| (*id, text.as_str())).collect();
         for (text, id) in &ours {
             if let Some(other) = theirs.get(text).filter(|other| *other != id) {
-                return Some(message(format!("gives {text:?} the id {id}; the checkpoint's gives it {other}")));
+                return Some(message(format!(
+                    "gives {text:?} the id {id}; the checkpoint's gives it {other}"
+                )));
             }
             if let Some(other) = texts.get(id).filter(|other| **other != text.as_str()) {
                 return Some(message(format!(
@@ -131,11 +133,7 @@ mod tests {
 
     fn starting_point(tokenizer: Value) -> StartingPoint {
         let config = LlamaConfig { hidden_size: 64, vocab_size: 300, ..LlamaConfig::default() };
-        StartingPoint {
-            architecture: Architecture::Llama(config),
-            tokenizer,
-            end_of_text: "</s>".to_owned(),
-        }
+        StartingPoint { architecture: Architecture::Llama(config), tokenizer, end_of_text: "</s>".to_owned() }
     }
 
     fn byte() -> Value {
@@ -146,7 +144,8 @@ mod tests {
         json!({"model": {"vocab": vocabulary.iter().copied().collect::<BTreeMap<_, _>>()}})
     }
 
-    const TEXT: &str = "name = \"a\"\nrounds = 1\nstart.checkpoint = \"../model\"\n[wire]\nchunk_parameters = 2048";
+    const TEXT: &str =
+        "name = \"a\"\nrounds = 1\nstart.checkpoint = \"../model\"\n[wire]\nchunk_parameters = 2048";
 
     #[test]
     fn what_the_specification_leaves_out_is_the_checkpoints() {
@@ -169,7 +168,10 @@ mod tests {
     #[test]
     fn the_checkpoint_is_found_in_a_specification_that_is_otherwise_wrong() {
         assert_eq!(RunSpec::start_checkpoint(TEXT).as_deref(), Some("../model"));
-        assert_eq!(RunSpec::start_checkpoint("rounds = \"x\"\n[start]\ncheckpoint = \"c\"").as_deref(), Some("c"));
+        assert_eq!(
+            RunSpec::start_checkpoint("rounds = \"x\"\n[start]\ncheckpoint = \"c\"").as_deref(),
+            Some("c")
+        );
         for none in ["", "name = 3", "start = 3", "[start]\ncheckpoint = 3", "no = [TOML"] {
             assert_eq!(RunSpec::start_checkpoint(none), None, "{none}");
         }

@@ -12,9 +12,7 @@ use consort_common::{
     ids::Digest,
     spec::{Problem, RunSpec, StartingPoint},
 };
-use consort_proto::v1::{
-    ModelChunk, StartBegin, StartModel, UploadStartRequest, upload_start_request::Part,
-};
+use consort_proto::v1::{ModelChunk, StartBegin, StartModel, UploadStartRequest, upload_start_request::Part};
 use indicatif::ProgressBar;
 use tokio::{
     sync::mpsc,
@@ -113,10 +111,7 @@ impl StartCheckpoint {
 }
 
 /// What came of reading the model.
-fn ended<T>(
-    attempt: &str,
-    result: Result<Result<T, CheckpointError>, JoinError>,
-) -> Result<T, Failure> {
+fn ended<T>(attempt: &str, result: Result<Result<T, CheckpointError>, JoinError>) -> Result<T, Failure> {
     let result = result.map_err(|error| Failure::Refused(format!("cannot {attempt}: {error}")))?;
     result.map_err(|error| Failure::Refused(format!("cannot {attempt}: {error}")))
 }
@@ -197,7 +192,8 @@ mod tests {
     use super::*;
     use crate::fake_operator::{FakeOperator, Script};
 
-    const SPEC: &str = "name = \"demo\"\nrounds = 2\n[start]\ncheckpoint = \"model\"\n[wire]\nchunk_parameters = 1024\n";
+    const SPEC: &str =
+        "name = \"demo\"\nrounds = 2\n[start]\ncheckpoint = \"model\"\n[wire]\nchunk_parameters = 1024\n";
 
     fn architecture() -> Architecture {
         let config = LlamaConfig {
@@ -295,7 +291,10 @@ mod tests {
         let other = Architecture::Gpt2(Gpt2Config::default()).name();
         let folder = folder(&format!("{SPEC}[model]\narchitecture = \"{other}\"\n"));
         let text = load(&folder).unwrap_err().to_string();
-        assert!(text.contains("has 1 problem:\n  model.architecture is \"gpt2\"; the checkpoint's"), "{text}");
+        assert!(
+            text.contains("has 1 problem:\n  model.architecture is \"gpt2\"; the checkpoint's"),
+            "{text}"
+        );
     }
 
     #[test]
@@ -305,6 +304,9 @@ mod tests {
         let failure = load(&folder).unwrap_err();
         assert_eq!(failure.exit_code(), 2);
         let text = failure.to_string();
-        assert!(text.contains("has 1 problem:\n  start.checkpoint names ") && text.contains("safetensors"), "{text}");
+        assert!(
+            text.contains("has 1 problem:\n  start.checkpoint names ") && text.contains("safetensors"),
+            "{text}"
+        );
     }
 }

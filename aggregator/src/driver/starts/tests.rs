@@ -16,8 +16,7 @@ struct World {
 
 async fn open(folder: &TempDir) -> Arc<Driver> {
     let limits = Limits { disk_reserve_bytes: 0, ..Limits::default() };
-    let config =
-        Config { state_directory: folder.path().to_owned(), limits, ..Config::default() };
+    let config = Config { state_directory: folder.path().to_owned(), limits, ..Config::default() };
     Driver::open(&config, "test", CancellationToken::new()).await.unwrap()
 }
 
