@@ -3,13 +3,12 @@
 use std::path::Path;
 
 use anyhow::Result;
-use consort_common::model::Architecture;
 
 use super::bar::Bar;
 use crate::{
     data::{self, Dataset, HeldOut, PrepareProgress, PrepareRequest, Source, Tokenizer},
     local,
-    trainer::{Device, EvaluationSum},
+    trainer::{EvaluationSum, LanguageModel},
 };
 
 /// Tokenises as a site would. Without a `cache` folder the tokens are gone when the dataset is.
@@ -35,13 +34,8 @@ pub(super) fn prepare(
     Ok(data::prepare(&request, &tell, cancelled)?)
 }
 
-/// The loss of the model `flat` on `held_out`, with progress.
-pub(super) fn measure(
-    architecture: &Architecture,
-    flat: &[f32],
-    held_out: &HeldOut,
-    device: Device,
-) -> Result<EvaluationSum> {
+/// The loss of `model` on `held_out`, with progress.
+pub(super) fn measure(model: &LanguageModel, held_out: &HeldOut) -> Result<EvaluationSum> {
     let bar = std::cell::RefCell::new(Bar::new("measuring"));
     let message = format!("{} tokens", held_out.tokens());
     // Asked before each batch, whose size is the model's business: a sign of life, without a share.
@@ -49,5 +43,5 @@ pub(super) fn measure(
         bar.borrow_mut().pulse(&message);
         false
     };
-    Ok(local::evaluate(architecture, flat, held_out, device, &alive)?)
+    Ok(local::evaluate(model, held_out, &alive)?)
 }
