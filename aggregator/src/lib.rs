@@ -13,9 +13,11 @@
 //! | [`reduce`] | decode, weighted mean, outer step, chunk by chunk | depend on arrival order |
 //! | [`service`] | gRPC: translate, authorise, call the driver | decide anything |
 //! | [`views`] | what people see | write anything |
+//! | [`aligned`] | vectors that begin at a cache line | |
 //! | [`server`], [`config`], [`check`] | the process: configuration, listener, signals, preflight | |
 //! | [`pki`] | certificates for a start; used by the CLI only | run in the server |
 
+pub mod aligned;
 pub mod check;
 pub mod checkpoints;
 pub mod config;

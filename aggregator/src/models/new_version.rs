@@ -3,22 +3,25 @@
 use std::{
     fs::File,
     io::{self, Write},
+    iter::repeat,
     os::unix::fs::FileExt,
     thread,
 };
 
 use consort_common::{atomic_file, ids::Digest};
+use rayon::prelude::*;
 
 use super::{
-    ModelError, ModelFiles, ModelLayout, ModelVersion,
+    ModelError, ModelFiles, ModelLayout, ModelVersion, VALUE_BYTES,
     files::{
         DIGESTS_FILE, Digests, MOMENTUM_FILE, NewFiles, PARAMETERS_FILE, Place, RESIDUAL_FILE, UPDATE_FILE,
         checksum,
     },
     writeback::Writeback,
 };
+use crate::aligned::AlignedVec;
 
-/// Bytes of a vector that are read and hashed at a time.
+/// Bytes of a vector that are read and hashed at a time, about.
 const HASH_BLOCK_BYTES: u64 = 4 << 20;
 
 /// What a version holds of one chunk; what its layout does not have is empty.
@@ -39,7 +42,8 @@ pub(crate) struct NewChunk<'a> {
 /// What is recorded of one written chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ChunkRecord {
-    whole: Digest,
+    /// None: that of the parameters as they lie in the file, which [`NewVersion::finish`] takes.
+    whole: Option<Digest>,
     update: Option<Digest>,
     /// In the order of the parts.
     checksums: [Option<u64>; 4],
@@ -79,13 +83,13 @@ impl NewVersion {
     /// Writes chunk `index`, once; several threads may write different chunks at a time.
     pub(crate) fn write(&self, index: u32, chunk: NewChunk<'_>) -> Result<ChunkRecord, ModelError> {
         let parameters: &[u8] = bytemuck::cast_slice(chunk.parameters);
-        let whole = if chunk.whole_payload.is_empty() { parameters } else { chunk.whole_payload };
+        let whole_payload = Some(chunk.whole_payload).filter(|payload| !payload.is_empty());
         let parts = &self.files.parts;
         let optional = |file: &Option<File>, name, bytes| {
             file.as_ref().map(|file| self.write_part(file, name, index, bytes)).transpose()
         };
         Ok(ChunkRecord {
-            whole: Digest::of(whole),
+            whole: whole_payload.map(Digest::of),
             update: parts.update.as_ref().map(|_| Digest::of(chunk.update_payload)),
             checksums: [
                 Some(self.write_part(&parts.parameters, PARAMETERS_FILE, index, parameters)?),
@@ -111,19 +115,22 @@ impl NewVersion {
     pub(crate) fn finish(self, chunks: &[ChunkRecord]) -> Result<ModelVersion, ModelError> {
         let Self { models, place, layout, files, writeback } = self;
         let explain = |error| models.explain(&place, layout.version_bytes(place.version), error);
-        // The whole vector is hashed while the disk is busy. It is read back for that, which costs a pass
-        // over cached pages: chunks may have been written in any order.
-        let whole = thread::scope(|scope| {
+        // The parameters are hashed while the disk is busy, and not by those who write them. They are read back
+        // for that, which costs a pass over cached pages: chunks may have been written in any order.
+        let hashed = thread::scope(|scope| {
             let sync = scope.spawn(|| writeback.finish().and_then(|()| files.sync()));
-            let whole = hash(&files.parts.parameters, layout.vector_bytes());
+            let unknown = chunks.iter().any(|chunk| chunk.whole.is_none());
+            let hashed = hash(&files.parts.parameters, layout, unknown);
             let synced =
                 sync.join().unwrap_or_else(|_| Err(io::Error::other("the thread that syncs failed")));
-            synced.and(whole)
+            synced.and(hashed)
         });
+        let (whole, of_chunks) = hashed.map_err(explain)?;
+        let of_chunks = of_chunks.into_iter().map(Some).chain(repeat(None));
         let checksums = (0..4).map(|part| chunks.iter().filter_map(|chunk| chunk.checksums[part]).collect());
         let digests = Digests {
-            whole: whole.map_err(explain)?,
-            chunks: chunks.iter().map(|chunk| chunk.whole).collect(),
+            whole,
+            chunks: chunks.iter().zip(of_chunks).filter_map(|(chunk, found)| chunk.whole.or(found)).collect(),
             update: chunks.iter().filter_map(|chunk| chunk.update).collect(),
             checksums: checksums.collect(),
         };
@@ -145,17 +152,25 @@ impl NewVersion {
     }
 }
 
-/// BLAKE3 of a file of `bytes`, a block in memory at a time.
-#[allow(clippy::cast_possible_truncation)] // at most a block
-fn hash(file: &File, bytes: u64) -> io::Result<Digest> {
+/// BLAKE3 of the vector in `file`, and that of each of its chunks if `of_chunks`; some chunks in memory at a
+/// time.
+#[allow(clippy::cast_possible_truncation)] // at most a chunk or a block
+fn hash(file: &File, layout: ModelLayout, of_chunks: bool) -> io::Result<(Digest, Vec<Digest>)> {
+    let bytes = layout.vector_bytes();
+    let chunk_bytes = u64::from(layout.plan.chunk_parameters()) * VALUE_BYTES;
+    let block_bytes = HASH_BLOCK_BYTES.next_multiple_of(chunk_bytes);
     let mut hasher = blake3::Hasher::new();
-    let mut block = vec![0; HASH_BLOCK_BYTES.min(bytes) as usize];
+    let mut digests = Vec::new();
+    let mut block = AlignedVec::default();
     let mut offset = 0;
     while offset < bytes {
-        let piece = &mut block[..HASH_BLOCK_BYTES.min(bytes - offset) as usize];
-        file.read_exact_at(piece, offset)?;
-        hasher.update_rayon(piece);
-        offset += piece.len() as u64;
+        block.resize(block_bytes.min(bytes - offset) as usize);
+        file.read_exact_at(&mut block, offset)?;
+        hasher.update_rayon(&block);
+        if of_chunks {
+            digests.par_extend(block.par_chunks(chunk_bytes as usize).map(Digest::of));
+        }
+        offset += block.len() as u64;
     }
-    Ok(hasher.finalize().into())
+    Ok((hasher.finalize().into(), digests))
 }

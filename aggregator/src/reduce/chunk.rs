@@ -1,14 +1,15 @@
 //! One chunk of a reduction.
 //!
-//! Each delta's payload is read whole and verified, into a vector that stays in the cache, and added to the
-//! chunk's sums; decoding goes tile by tile, so that decoded values do not leave a core's first cache. Then
-//! each tile of the sums goes through the outer step and the rounding, and the chunk is written.
+//! The payloads of a few deltas are read whole and verified, and then added to the chunk's sums together, tile
+//! by tile, so that the sums and decoded values do not leave a core's first cache meanwhile. Then each tile of
+//! the sums goes through the outer step and the rounding, and the chunk is written.
 //!
-//! Sketch, for a chunk of 2^18 values in fp32: a MiB per delta comes from memory through the copy of a read
-//! system call, at 12 to 19 GB/s per core; the checksum reads it from the cache at 50 GB/s, adding it at 25.
-//! Once per chunk come reading the base, hashing the new version at 6 GB/s and copying it into the page cache
-//! at 4. Reading several payloads before they are added together, with fewer passes over the sums, was no
-//! faster.
+//! Sketch, for a chunk of 2^18 values in fp32, of two threads that can read 34 GB/s from memory: a MiB per
+//! delta comes through the copy of a read system call at 48 GB/s, if it comes in one piece (in pieces of
+//! 256 KiB, which would stay in the second cache, at 31; maps are slower still where page tables are a
+//! hypervisor's); the checksum reads it at 100 GB/s, adding it four at a time takes it at 115. Once per chunk
+//! come reading the base and copying the new version into the page cache, at 18 GB/s. Digests of the new
+//! version are left to `models`, which takes them while the disk is busy.
 
 use consort_common::{codec::Encoding, ids::Digest, spec::OuterOptimizer};
 
@@ -17,11 +18,17 @@ use super::{
     broadcast::{self, Rounding},
     damaged, kernel, outer,
 };
-use crate::models::{ChunkRecord, ModelError, ModelVersion, NewChunk, NewVersion};
+use crate::{
+    aligned::AlignedVec,
+    models::{ChunkRecord, ModelError, ModelVersion, NewChunk, NewVersion},
+};
 
 /// Values of a tile where all encodings allow it: its sums, decoded values and payload, 16 KiB, fit a core's
 /// first cache.
 const TILE_PARAMETERS_MIN: usize = 1024;
+/// Deltas whose payloads are in memory together, on each core.
+const GROUP_DELTAS: usize = 2;
+
 /// What a round's reduction works on.
 #[derive(Debug)]
 pub(super) struct Inputs {
@@ -40,19 +47,19 @@ pub(super) struct Inputs {
 /// One core's vectors, kept from chunk to chunk. Those without a word have the chunk's length, or none.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
-    /// Of one delta.
-    payload: Vec<u8>,
-    sums: Vec<f64>,
-    base: Vec<f32>,
-    momentum: Vec<f32>,
-    residual: Vec<f32>,
-    parameters: Vec<f32>,
+    /// Of the deltas of one group.
+    payloads: [AlignedVec<u8>; GROUP_DELTAS],
+    sums: AlignedVec<f64>,
+    base: AlignedVec<f32>,
+    momentum: AlignedVec<f32>,
+    residual: AlignedVec<f32>,
+    parameters: AlignedVec<f32>,
     /// What the new version's form sends.
-    sent: Vec<u8>,
-    /// A tile of one delta.
-    decoded: Vec<f32>,
+    sent: AlignedVec<u8>,
+    /// A tile of each delta of one group.
+    decoded: [AlignedVec<f32>; GROUP_DELTAS],
     /// A tile of their mean.
-    delta: Vec<f32>,
+    delta: AlignedVec<f32>,
 }
 
 /// What is kept of a folded chunk.
@@ -96,7 +103,8 @@ impl Inputs {
         let chunk = self.base.plan().chunk_parameters() as usize;
         let sent = self.rounding.encoding().map_or(0, |encoding| encoding.codec().encoded_bytes(chunk));
         let payloads = self.shares.iter().map(|share| share.encoding().codec().encoded_bytes(chunk));
-        vectors * size_of::<f32>() * chunk + sent + payloads.max().unwrap_or_default()
+        let payload = payloads.max().unwrap_or_default();
+        vectors * size_of::<f32>() * chunk + sent + self.shares.len().min(GROUP_DELTAS) * payload
     }
 
     /// Reads, averages, steps, rounds and writes chunk `index`.
@@ -117,16 +125,25 @@ impl Inputs {
         }
 
         scratch.sums.fill(0.0);
-        let digests = self.shares.iter().map(|share| self.accumulate(index, share, scratch));
-        let digests = digests.collect::<Result<_, _>>()?;
-        let mut squares = Squares::default();
-        for begin in (0..length).step_by(self.tile_parameters) {
-            let end = (begin + self.tile_parameters).min(length);
-            self.step(scratch, begin, end, &mut squares).map_err(|at| self.not_finite(index, at))?;
+        let mut digests = Vec::with_capacity(self.shares.len());
+        for group in self.shares.chunks(GROUP_DELTAS) {
+            self.accumulate(index, group, scratch, &mut digests)?;
         }
+        let mut squares = Squares::default();
+        let mut tiles = (0..length).step_by(self.tile_parameters);
+        let stepped = tiles.try_for_each(|begin| {
+            let end = (begin + self.tile_parameters).min(length);
+            self.step(scratch, begin, end, &mut squares)
+        });
 
+        // One value that is not finite makes a sum of squares so.
+        let delta_square = squares.delta.iter().sum::<f64>();
+        if !delta_square.is_finite() {
+            self.find_not_finite(index, scratch)?;
+        }
+        stepped.map_err(|at| self.not_finite(index, at))?;
         let update_square = squares.update.iter().sum::<f64>();
-        // One value that is not finite makes the sum so. Momentum takes the parameters with it.
+        // Momentum takes the parameters with it.
         if !update_square.is_finite() {
             let at = scratch.parameters.iter().position(|value| !value.is_finite());
             return Err(self.not_finite(index, at.unwrap_or_default()));
@@ -134,36 +151,61 @@ impl Inputs {
         let chunk = scratch.new_chunk(self.base.layout().update_of(new.version()).is_some());
         Ok(FoldedChunk {
             record: new.write(index, chunk)?,
-            digests,
-            delta_square: squares.delta.iter().sum(),
+            digests: digests.into(),
+            delta_square,
             update_square,
         })
     }
 
-    /// Reads a delta's chunk and adds it to the sums; gives the digest of what was added.
-    fn accumulate(&self, index: u32, share: &Share, scratch: &mut Scratch) -> Result<Digest, ReduceError> {
-        let Scratch { payload, sums, decoded, .. } = scratch;
-        let key = share.delta.key();
-        let digest = share.delta.read(index, payload).map_err(|error| damaged(key, index, error))?;
-        let weight = share.weight / self.total_weight;
-        let codec = share.encoding().codec();
-        // Tiles begin at multiples of the encoding's block.
-        let tiles = payload.chunks(codec.encoded_bytes(self.tile_parameters));
-        for (at, (tile, sums)) in tiles.zip(sums.chunks_mut(self.tile_parameters)).enumerate() {
+    /// Reads the chunk of each delta of a group and adds them to the sums; adds the digests of what was added
+    /// to `digests`.
+    fn accumulate(
+        &self,
+        index: u32,
+        group: &[Share],
+        scratch: &mut Scratch,
+        digests: &mut Vec<Digest>,
+    ) -> Result<(), ReduceError> {
+        let Scratch { payloads, sums, decoded, .. } = scratch;
+        for (share, payload) in group.iter().zip(&mut *payloads) {
+            let digest = share.delta.read(index, payload);
+            digests.push(digest.map_err(|error| damaged(share.delta.key(), index, error))?);
+        }
+        let all_are = |encoding| group.iter().all(|share| share.encoding() == encoding);
+        let (all_fp32, all_bf16) = (all_are(Encoding::Fp32), all_are(Encoding::Bf16));
+        for (at, sums) in sums.chunks_mut(self.tile_parameters).enumerate() {
+            let (begin, length) = (at * self.tile_parameters, sums.len());
+            let weights = group.iter().map(|share| share.weight / self.total_weight);
+            // Tiles begin at multiples of the encoding's block.
+            let tiles = group.iter().zip(&*payloads).map(|(share, payload)| {
+                let codec = share.encoding().codec();
+                &payload[codec.encoded_bytes(begin)..][..codec.encoded_bytes(length)]
+            });
             // The encodings that take most to read are added without a decoded copy.
-            let largest = match share.encoding() {
-                Encoding::Fp32 => kernel::accumulate_fp32(sums, weight, tile),
-                Encoding::Bf16 => kernel::accumulate_bf16(sums, weight, tile),
-                _ => kernel::INFINITY,
-            };
-            if largest >= kernel::INFINITY {
-                let decoded = &mut decoded[..sums.len()];
-                let result = codec.decode(tile, decoded);
-                result.map_err(|error| damaged(key, index, error.after(at * self.tile_parameters)))?;
-                kernel::accumulate(sums, weight, decoded);
+            if all_fp32 {
+                kernel::accumulate(sums, weights.zip(tiles.map(|tile| tile.as_chunks::<4>().0)));
+            } else if all_bf16 {
+                kernel::accumulate(sums, weights.zip(tiles.map(|tile| tile.as_chunks::<2>().0)));
+            } else {
+                for ((share, tile), decoded) in group.iter().zip(tiles).zip(&mut *decoded) {
+                    let result = share.encoding().codec().decode(tile, &mut decoded[..length]);
+                    result.map_err(|error| damaged(share.delta.key(), index, error.after(begin)))?;
+                }
+                kernel::accumulate(sums, weights.zip(decoded.iter().map(|decoded| &decoded[..length])));
             }
         }
-        Ok(digest)
+        Ok(())
+    }
+
+    /// The error of the first delta that has a value that is not finite.
+    fn find_not_finite(&self, index: u32, scratch: &mut Scratch) -> Result<(), ReduceError> {
+        for share in &self.shares {
+            let (key, payload) = (share.delta.key(), &mut scratch.payloads[0]);
+            share.delta.read(index, payload).map_err(|error| damaged(key, index, error))?;
+            let decoded = share.encoding().codec().decode(payload, &mut scratch.parameters);
+            decoded.map_err(|error| damaged(key, index, error))?;
+        }
+        Ok(())
     }
 
     /// Takes a tile from its sums to what the sites will hold; the error is the position of a value in the
@@ -214,16 +256,15 @@ impl Inputs {
 impl Scratch {
     fn resize(&mut self, length: usize, inputs: &Inputs) {
         let layout = inputs.base.layout();
-        self.sums.resize(length, 0.0);
-        self.base.resize(length, 0.0);
-        self.parameters.resize(length, 0.0);
-        let momentum = outer::has_momentum(&inputs.optimizer);
-        self.momentum.resize(if momentum { length } else { 0 }, 0.0);
-        self.residual.resize(if layout.has_residual() { length } else { 0 }, 0.0);
-        self.decoded.resize(inputs.tile_parameters, 0.0);
-        self.delta.resize(inputs.tile_parameters, 0.0);
+        self.sums.resize(length);
+        self.base.resize(length);
+        self.parameters.resize(length);
+        self.momentum.resize(if outer::has_momentum(&inputs.optimizer) { length } else { 0 });
+        self.residual.resize(if layout.has_residual() { length } else { 0 });
+        self.decoded.iter_mut().for_each(|decoded| decoded.resize(inputs.tile_parameters));
+        self.delta.resize(inputs.tile_parameters);
         let sent = inputs.rounding.encoding();
-        self.sent.resize(sent.map_or(0, |encoding| encoding.codec().encoded_bytes(length)), 0);
+        self.sent.resize(sent.map_or(0, |encoding| encoding.codec().encoded_bytes(length)));
     }
 
     fn new_chunk(&self, update: bool) -> NewChunk<'_> {

@@ -169,10 +169,10 @@ fn any_optimizer() -> impl Strategy<Value = OuterOptimizer> {
     prop_oneof![Just(OuterOptimizer::FedAvg {}), Just(NESTEROV)]
 }
 
-/// A number of parameters, an initial model, two rounds of up to five weighted deltas.
+/// A number of parameters, an initial model, two rounds of up to eight weighted deltas.
 fn any_run() -> impl Strategy<Value = (Vec<f32>, Vec<WeightedDeltas>)> {
     (1usize..60).prop_flat_map(|length| {
-        let round = prop::collection::vec((1f64..1e6, any_vector(length)), 1..6);
+        let round = prop::collection::vec((1f64..1e6, any_vector(length)), 1..9);
         (any_vector(length), prop::collection::vec(round, 2))
     })
 }

@@ -15,7 +15,7 @@ use super::{
     delta_objects::DeltaObjects,
     layout::{DeltaLayout, ENTRY_BYTES, Entry},
 };
-use crate::storage::Fault;
+use crate::{aligned::AlignedVec, storage::Fault};
 
 /// Where a delta's chunks are.
 #[derive(Debug)]
@@ -184,12 +184,12 @@ impl SpooledDelta {
     /// # Errors
     /// [`SpoolError::Missing`]; [`SpoolError::Corrupt`] if it is not what was stored; the object store's
     /// refusal.
-    pub fn read(&self, index: u32, payload: &mut Vec<u8>) -> Result<Digest, SpoolError> {
+    pub fn read(&self, index: u32, payload: &mut AlignedVec<u8>) -> Result<Digest, SpoolError> {
         let entry = self.entry(index)?;
         let length = self.layout.payload_bytes(index).unwrap_or_default();
+        payload.resize(length);
         match &self.medium {
             Medium::File(file) => {
-                payload.resize(length, 0);
                 file.read(self.layout, index, payload)
                     .map_err(|error| self.corrupt(index, format!("it cannot be read: {error}")))?;
             }
@@ -203,8 +203,7 @@ impl SpooledDelta {
                     let reason = format!("its object of {} bytes is not the one stored", object.len());
                     return Err(self.corrupt(index, reason));
                 }
-                payload.clear();
-                payload.extend_from_slice(body);
+                payload.copy_from_slice(body);
             }
         }
         if XxHash3_64::oneshot(payload) == entry.checksum {

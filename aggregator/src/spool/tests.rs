@@ -12,6 +12,7 @@ use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
 use super::{error::is_full, *};
+use crate::aligned::AlignedVec;
 
 const CHUNKS: u32 = 12;
 
@@ -97,8 +98,10 @@ fn objects(storage: &Storage) -> Vec<String> {
 }
 
 fn read(delta: &SpooledDelta, index: u32) -> Result<Vec<u8>, SpoolError> {
-    let mut payload = b"left from before, and longer than any payload".to_vec();
-    delta.read(index, &mut payload).map(|_| payload)
+    let mut payload = AlignedVec::default();
+    payload.resize(100);
+    payload.fill(b'x'); // left from before, and longer than any payload
+    delta.read(index, &mut payload).map(|_| payload.to_vec())
 }
 
 #[test]
