@@ -21,6 +21,7 @@ use std::{
 use anyhow::{Context, ensure};
 use clap::Parser;
 use consort_aggregator::{
+    aligned::AlignedVec,
     models::{ModelFiles, ModelLayout},
     reduce::{RoundFold, Share, WeightedContribution, create_initial, has_momentum},
     spool::{ContributionKey, DeltaLayout, Spool, SpoolLimits},
@@ -112,16 +113,29 @@ fn table(arguments: &Arguments) -> anyhow::Result<()> {
     let threads = rayon::current_num_threads();
     let copy = machine::copy_bytes_per_second(threads);
     let read = machine::read_bytes_per_second(threads);
+    // Eight deltas and the base version.
+    let sum = machine::sum_bytes_per_second(threads, 9);
     println!(
-        "{threads} threads copy {:.1} GB/s (read and written) and read {:.1} GB/s",
+        "{threads} threads read {:.1} GB/s, copy {:.1} (read and written), and add 9 vectors to a tenth at {:.1}",
+        read / 1e9,
         copy / 1e9,
-        read / 1e9
+        sum / 1e9
     );
     let optimizer = if arguments.momentum { "Nesterov" } else { "FedAvg" };
     println!("{optimizer}, model sent as {}, best of {}\n", arguments.model, arguments.repeat);
     println!(
-        "{:>12} {:>8} {:>5} {:>8} {:>8} {:>8} {:>8} {:>7} {:>7} {:>9}",
-        "parameters", "encoding", "K", "read s", "fold s", "finish s", "GB/s", "% copy", "% read", "peak MB"
+        "{:>12} {:>8} {:>5} {:>8} {:>8} {:>8} {:>8} {:>7} {:>7} {:>7} {:>9}",
+        "parameters",
+        "encoding",
+        "K",
+        "read s",
+        "fold s",
+        "finish s",
+        "GB/s",
+        "% read",
+        "% copy",
+        "% sum",
+        "peak MB"
     );
     let mut linked = false;
     for parameters in &arguments.parameters {
@@ -139,12 +153,13 @@ fn table(arguments: &Arguments) -> anyhow::Result<()> {
                 let mark = if *sites > DELTAS_MAX { "*" } else { "" };
                 linked |= *sites > DELTAS_MAX;
                 println!(
-                    "{parameters:>12} {:>8} {:>5} {read_seconds:>8.3} {fold_seconds:>8.3} {finish_seconds:>8.2} {:>8.1} {:>7.0} {:>7.0} {:>9.0}",
+                    "{parameters:>12} {:>8} {:>5} {read_seconds:>8.3} {fold_seconds:>8.3} {finish_seconds:>8.2} {:>8.1} {:>7.0} {:>7.0} {:>7.0} {:>9.0}",
                     encoding.name(),
                     format!("{sites}{mark}"),
                     rate / 1e9,
-                    100.0 * rate / copy,
                     100.0 * rate / read,
+                    100.0 * rate / copy,
+                    100.0 * rate / sum,
                     peak_bytes as f64 / 1e6,
                 );
             }
@@ -156,7 +171,7 @@ fn table(arguments: &Arguments) -> anyhow::Result<()> {
         );
     }
     println!("\nread: reading and verifying the deltas' chunks, and nothing else");
-    println!("finish: hashing the whole new version while it is synced to the disk, and renaming it");
+    println!("finish: hashing the new version, whole and each chunk, while it is synced to the disk");
     println!(
         "skipped by default: 1000000000 parameters, which take 24 GB of disk and of page cache with 2 sites"
     );
@@ -313,7 +328,7 @@ impl Row {
             .collect::<Result<_, _>>()?;
         let read = || -> anyhow::Result<()> {
             (0..self.layout().plan.chunks()).into_par_iter().try_for_each_init(
-                Vec::new,
+                AlignedVec::default,
                 |payload, index| {
                     shares.iter().try_for_each(|share| share.delta.read(index, payload).map(|_| ()))
                 },

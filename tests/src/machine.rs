@@ -17,6 +17,8 @@ pub const BYTES_PER_THREAD: usize = 512 << 20;
 const PASSES: usize = 7;
 
 const WORDS_PER_THREAD: usize = BYTES_PER_THREAD / size_of::<u64>();
+/// Bytes of a cache line.
+const LINE_BYTES: usize = 64;
 
 /// Bytes per second that `threads` threads move together with memcpy, each between two halves of its own
 /// [`BYTES_PER_THREAD`]. A byte counts twice, once read and once written: the rate of copying is half of
@@ -50,6 +52,34 @@ pub fn read_bytes_per_second(threads: usize) -> f64 {
     })
 }
 
+/// Bytes per second that `threads` threads move together when each adds up `vectors` vectors element by element,
+/// as 64-bit words, and writes the sum to one more: what an ideal reduction of one vector less would do to
+/// memory. Read and written bytes count once.
+///
+/// # Panics
+/// If `threads` is 0.
+pub fn sum_bytes_per_second(threads: usize, vectors: usize) -> f64 {
+    // Words of a piece that stays in a core's first cache while vector after vector is added to it.
+    const PIECE_WORDS: usize = 512;
+    let length = WORDS_PER_THREAD / (vectors + 1) / PIECE_WORDS * PIECE_WORDS;
+    let moved = (vectors + 1) * length * size_of::<u64>();
+    let share = moved as f64 / BYTES_PER_THREAD as f64;
+    let rate = bytes_per_second(threads, |words| {
+        let (sums, vectors) = black_box(words).split_at_mut(length);
+        for (at, sums) in sums.chunks_exact_mut(PIECE_WORDS).enumerate() {
+            let mut piece = [0u64; PIECE_WORDS];
+            for vector in vectors.chunks_exact(length) {
+                for (sum, word) in piece.iter_mut().zip(&vector[at * PIECE_WORDS..]) {
+                    *sum = sum.wrapping_add(*word);
+                }
+            }
+            sums.copy_from_slice(&piece);
+        }
+        black_box(sums);
+    });
+    rate * share
+}
+
 /// Runs `pass` over each thread's memory, all threads at once, and divides the bytes of all by the time from
 /// the common start to the end of the slowest thread. Best of [`PASSES`].
 fn bytes_per_second(threads: usize, pass: impl Fn(&mut [u64]) + Sync) -> f64 {
@@ -61,11 +91,13 @@ fn bytes_per_second(threads: usize, pass: impl Fn(&mut [u64]) + Sync) -> f64 {
             scope.spawn(|| {
                 // Ones, not zeros: memory that is zero from the start may not be there before it is written.
                 // The thread that uses it writes it first, so that it lies beside that thread's core.
-                let mut words = vec![1u64; WORDS_PER_THREAD];
+                let mut words = vec![1u64; WORDS_PER_THREAD + LINE_BYTES / size_of::<u64>()];
+                let begin = words.as_ptr().align_offset(LINE_BYTES);
+                let words = &mut words[begin..begin + WORDS_PER_THREAD];
                 for at in 0..PASSES {
                     barrier.wait();
                     let started_at = Instant::now();
-                    pass(&mut words);
+                    pass(words);
                     let took = started_at.elapsed();
                     let mut slowest = slowest.lock().expect("a thread that measures does not panic");
                     slowest[at] = slowest[at].max(took);
