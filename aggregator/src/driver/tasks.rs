@@ -41,7 +41,11 @@ impl Driver {
                 Ok(facts) => Event::Reduced { round, facts },
                 Err(error) => {
                     tracing::error!(run = %material.name, round, %error, "the reduction failed");
-                    Event::ReduceFailed { round, reason: error.to_string() }
+                    let spoilt = match &error {
+                        DriverError::Reduce(error) => error.spoilt().cloned(),
+                        _ => None,
+                    };
+                    Event::ReduceFailed { round, reason: error.to_string(), spoilt }
                 }
             };
             // The claim goes after the event: until then nothing may write the same version again.

@@ -44,12 +44,14 @@ pub enum Event {
         /// What it gave.
         facts: ReducedFacts,
     },
-    /// The reduction of a round came to nothing; its spool is intact.
+    /// The reduction of a round came to nothing; its spool is as it was.
     ReduceFailed {
         /// Which round.
         round: u32,
         /// Why, in words.
         reason: String,
+        /// The site whose delta is spoilt for good, if that is why.
+        spoilt: Option<SiteName>,
     },
     /// A version's checkpoint is complete.
     Published {

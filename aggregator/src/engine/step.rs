@@ -67,7 +67,9 @@ impl Turn<'_> {
             Event::Delivered { site, round, facts } => self.delivered(site, round, facts),
             Event::Tick => Ok(()),
             Event::Reduced { round, facts } => self.reduced(round, facts),
-            Event::ReduceFailed { round, reason } => self.reduce_failed(round, &reason),
+            Event::ReduceFailed { round, reason, spoilt } => {
+                self.reduce_failed(round, &reason, spoilt.as_ref())
+            }
             Event::Published { version } => {
                 self.changed |= self.run.state.unpublished.remove(&version);
                 Ok(())
@@ -252,7 +254,7 @@ impl Turn<'_> {
         };
         // A model with an infinity in it must never become a version.
         if !(facts.delta_norm.is_finite() && facts.update_norm.is_finite()) {
-            return self.reduce_failed(round, "the averaged delta or its update is not finite");
+            return self.reduce_failed(round, "the averaged delta or its update is not finite", None);
         }
         let contributions = mem::take(&mut reducing.contributions);
         let contributors = contributions.len();
@@ -293,7 +295,14 @@ impl Turn<'_> {
         self.effects.push(Effect::Publish { version });
     }
 
-    fn reduce_failed(&mut self, round: u32, reason: &str) -> Result<(), Rejection> {
+    /// Tries again after a pause; without the delta that is spoilt, as if its site had gone before it delivered,
+    /// where the others are a quorum.
+    fn reduce_failed(
+        &mut self,
+        round: u32,
+        reason: &str,
+        spoilt: Option<&SiteName>,
+    ) -> Result<(), Rejection> {
         let current = self.run.state.round();
         let reducing = match &mut self.run.state.phase {
             Phase::Reducing(reducing) if reducing.round == round => reducing,
@@ -304,7 +313,17 @@ impl Turn<'_> {
             .min(REDUCE_RETRY_MS_MAX);
         reducing.failures = reducing.failures.saturating_add(1);
         reducing.retry_at_ms = Some(self.now.saturating_add(pause_ms));
+        let delivered = reducing.contributions.len();
+        let is_spoilt = |one: &Contribution| Some(&one.site) == spoilt;
+        let others = delivered - reducing.contributions.iter().filter(|one| is_spoilt(one)).count();
+        let leave_out = others < delivered && others >= self.plan.quorum(others, delivered);
+        if leave_out {
+            reducing.contributions.retain(|one| !is_spoilt(one));
+        }
         let (reason, pause) = (shortened(reason), duration_ms(pause_ms));
+        if let (Some(site), true) = (spoilt, leave_out) {
+            self.say(format!("{site} is left out of round {round}: its delta is spoilt"));
+        }
         self.say(format!("the reduction of round {round} failed, next try in {pause}: {reason}"));
         Ok(())
     }

@@ -590,7 +590,7 @@ fn a_failed_reduction_is_tried_again_after_a_while() {
     world.deliver("a", 1).unwrap();
     let mut pauses_ms = Vec::new();
     for _ in 0..9 {
-        let effects = world.ok(Event::ReduceFailed { round: 1, reason: "disk full".into() });
+        let effects = world.ok(Event::ReduceFailed { round: 1, reason: "disk full".into(), spoilt: None });
         assert!(reduce_effect(&effects).is_none());
         let pause_ms = world.run.next_timer().unwrap() - world.now;
         assert!(reduce_effect(&world.wait(pause_ms - 1)).is_none());
@@ -601,6 +601,52 @@ fn a_failed_reduction_is_tried_again_after_a_while() {
     assert_eq!(pauses_ms[8], 300_000);
     world.reduce(1);
     assert_eq!(world.run.state().version, 1);
+}
+
+/// Two of three deltas turn out to be spoilt, one after the other.
+fn check_spoilt(participation: (u32, u32, u32, u64), averaged: &[&[&str]]) {
+    let mut world = World::with(participation, &["a", "b", "c"]);
+    for site in ["a", "b", "c"] {
+        world.deliver(site, 1).unwrap();
+    }
+    for (spoilt, expected) in ["b", "c"].into_iter().zip(averaged) {
+        let spoilt = Some(spoilt.parse().unwrap());
+        world.ok(Event::ReduceFailed { round: 1, reason: "damaged".into(), spoilt });
+        let pause_ms = world.run.next_timer().unwrap() - world.now;
+        let effects = world.wait(pause_ms);
+        let Some(Effect::Reduce { contributions, .. }) = reduce_effect(&effects) else {
+            panic!("{effects:?}");
+        };
+        let sites: Vec<_> = contributions.iter().map(|one| one.contribution.site.as_str()).collect();
+        assert_eq!(sites, *expected);
+        assert_eq!(contributions.iter().map(|one| one.weight).sum::<f64>(), 1.0);
+    }
+    assert_eq!(world.deliver("b", 1).is_ok(), averaged[1].contains(&"b"), "it is over for who is left out");
+    world.reduce(1);
+    assert_eq!(world.run.state().version, 1);
+}
+
+#[test]
+fn a_spoilt_delta_is_left_out_while_the_others_are_a_quorum() {
+    check_spoilt((3, 0, 1, 0), &[&["a", "c"], &["a"]]);
+    check_spoilt((3, 0, 2, 0), &[&["a", "c"], &["a", "c"]]);
+    check_spoilt((3, 0, 3, 0), &[&["a", "b", "c"], &["a", "b", "c"]]);
+    check_spoilt((3, 0, 0, 0), &[&["a", "b", "c"], &["a", "b", "c"]]);
+}
+
+#[test]
+fn a_site_that_is_not_in_the_round_cannot_be_left_out() {
+    let mut world = World::with((1, 0, 0, 0), &["a"]);
+    world.deliver("a", 1).unwrap();
+    for site in ["a", "z"] {
+        let spoilt = Some(site.parse().unwrap());
+        world.ok(Event::ReduceFailed { round: 1, reason: "damaged".into(), spoilt });
+        let pause_ms = world.run.next_timer().unwrap() - world.now;
+        let effects = world.wait(pause_ms);
+        assert!(
+            matches!(reduce_effect(&effects), Some(Effect::Reduce { contributions, .. }) if contributions.len() == 1)
+        );
+    }
 }
 
 #[test]

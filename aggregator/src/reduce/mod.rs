@@ -101,10 +101,11 @@ pub enum ReduceError {
 }
 
 impl ReduceError {
-    /// The site without whose contribution the round could be reduced, if it is one's fault.
-    pub fn site(&self) -> Option<&SiteName> {
+    /// The site whose delta is spoilt for good, if that is why: the round could be reduced without it.
+    pub fn spoilt(&self) -> Option<&SiteName> {
         match self {
-            Self::Damaged { key, .. } | Self::OtherDelta { key, .. } => Some(&key.site),
+            Self::OtherDelta { key, .. } => Some(&key.site),
+            Self::Damaged { key, source, .. } => source.is_lasting().then_some(&key.site),
             Self::NoContributions { .. }
             | Self::Unfit { .. }
             | Self::OtherContributions { .. }
@@ -123,6 +124,21 @@ pub enum ChunkFault {
     /// It is not an encoding of the chunk.
     #[error("a chunk cannot be decoded: {0}")]
     Decode(#[from] DecodeError),
+}
+
+impl ChunkFault {
+    /// Whether reading the chunk again would not help; a store that could not be reached may come back.
+    fn is_lasting(&self) -> bool {
+        match self {
+            Self::Decode(_) | Self::Spool(SpoolError::Missing { .. } | SpoolError::Corrupt { .. }) => true,
+            Self::Spool(
+                SpoolError::Full { .. }
+                | SpoolError::Sealed { .. }
+                | SpoolError::Io(_)
+                | SpoolError::Storage(_),
+            ) => false,
+        }
+    }
 }
 
 /// A delta that was accepted, and what it counts.

@@ -226,7 +226,7 @@ impl World {
         let round = self.reductions.swap_remove(index);
         if succeeds {
             self.take(Event::Reduced { round, facts: reduced(round) });
-        } else if self.take(Event::ReduceFailed { round, reason: "no space left".into() }) {
+        } else if self.take(Event::ReduceFailed { round, reason: "no space left".into(), spoilt: None }) {
             self.tally.failed_reductions += 1;
         }
     }
