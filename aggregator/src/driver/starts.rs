@@ -17,6 +17,7 @@ use tokio::task::spawn_blocking;
 
 use super::{Driver, DriverError, RunMaterial, tasks::Work};
 use crate::{
+    aligned::AlignedVec,
     models::{ModelFiles, ModelVersion},
     reduce,
     spool::{ContributionKey, DeltaLayout, Spool, SpoolError, SpooledDelta},
@@ -203,7 +204,7 @@ pub(super) fn create_version(
 }
 
 fn check_digest(model: &SpooledDelta, run: &RunName, announced: Digest) -> Result<(), DriverError> {
-    let (mut hasher, mut payload) = (blake3::Hasher::new(), Vec::new());
+    let (mut hasher, mut payload) = (blake3::Hasher::new(), AlignedVec::default());
     for index in 0..model.layout().chunks() {
         model.read(index, &mut payload)?;
         hasher.update_rayon(&payload);
@@ -222,7 +223,7 @@ fn write_version(
 ) -> Result<ModelVersion, DriverError> {
     let fill = |start: u64, values: &mut [f32]| {
         let index = u32::try_from(start / u64::from(material.plan.chunk_parameters())).unwrap_or(u32::MAX);
-        let mut payload = Vec::new();
+        let mut payload = AlignedVec::default();
         model.read(index, &mut payload)?;
         let decoded = Encoding::Fp32.codec().decode(&payload, values);
         decoded.map_err(|source| DriverError::Undecodable { index, source })
