@@ -57,7 +57,7 @@ impl Run {
             RunStatus::Created => idle("the run has not been started"),
             RunStatus::Finished => idle("the run is finished"),
             RunStatus::Aborted { reason } => idle(format!("the run was aborted: {reason}")),
-            RunStatus::Active | RunStatus::Paused if !self.roster.ready.contains(site) => {
+            RunStatus::Active | RunStatus::Paused if !self.roster.ready.contains_key(site) => {
                 Instruction::Prepare
             }
             RunStatus::Paused => idle("the run is paused"),

@@ -52,7 +52,7 @@ mod simulation;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use consort_common::{ids::SiteName, units::UnixMs};
 
@@ -83,8 +83,8 @@ pub struct Run {
 /// What is known of the sites at this moment; never stored.
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Roster {
-    /// Connected and ready for the run.
-    ready: BTreeSet<SiteName>,
+    /// Connected and ready for the run, with the tokens that they have to train on.
+    ready: BTreeMap<SiteName, u64>,
     /// Until then sites may still be on their way back after a restart; 0: no longer.
     patient_until_ms: UnixMs,
 }
@@ -98,7 +98,7 @@ impl Run {
     /// A run as it was stored; nobody is connected. Perform [`Run::resume_effects`] next.
     pub fn restore(plan: &Plan, state: State, now: UnixMs) -> Self {
         let patience_ms = plan.deadline_ms().map_or(RECONNECT_MS_MAX, |ms| ms.min(RECONNECT_MS_MAX));
-        let roster = Roster { ready: BTreeSet::new(), patient_until_ms: now.saturating_add(patience_ms) };
+        let roster = Roster { ready: BTreeMap::new(), patient_until_ms: now.saturating_add(patience_ms) };
         Self { state, roster }
     }
 
@@ -107,8 +107,8 @@ impl Run {
         &self.state
     }
 
-    /// The sites that are connected and ready, by name.
-    pub fn ready(&self) -> &BTreeSet<SiteName> {
+    /// The sites that are connected and ready, by name, with the tokens that they have to train on.
+    pub fn ready(&self) -> &BTreeMap<SiteName, u64> {
         &self.roster.ready
     }
 
@@ -150,7 +150,7 @@ impl Run {
         let is_patient = self.roster.patient_until_ms > 0;
         let is_unheard = |site: &&SiteName| {
             !self.state.has_evaluated(site, self.state.version)
-                && (is_patient || self.roster.ready.contains(*site))
+                && (is_patient || self.roster.ready.contains_key(*site))
         };
         evaluating.asked.iter().filter(is_unheard).collect()
     }

@@ -1,6 +1,6 @@
 //! The numbers of a run that the engine decides by: read-only, derived from the run specification.
 
-use consort_common::spec::{RunSpec, Weighting};
+use consort_common::spec::{RunSpec, Sampling, Weighting};
 
 /// How long the sites have to report their held-out loss of the last version, in milliseconds.
 pub const EVALUATION_DEADLINE_MS: u64 = 10 * 60 * 1000;
@@ -79,6 +79,11 @@ impl Plan {
     /// Ready sites without which no round begins: the minimum, and at least the quorum.
     pub fn sites_to_begin(&self) -> usize {
         self.minimum_clients().max(self.spec.participation.quorum as usize)
+    }
+
+    /// How the sites of a round are drawn.
+    pub fn sampling(&self) -> Sampling {
+        self.spec.participation.sampling
     }
 
     /// Sites that a round selects out of `ready`: all, or so many per round (and at least the quorum).

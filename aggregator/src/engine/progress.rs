@@ -1,6 +1,9 @@
 //! What follows by itself: after an event the run moves on as far as it can, from phase to phase.
 
-use std::mem;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    mem,
+};
 
 use consort_common::ids::SiteName;
 
@@ -49,13 +52,13 @@ impl Turn<'_> {
     }
 
     fn try_begin(&mut self) -> bool {
-        let ready: Vec<SiteName> = self.run.roster.ready.iter().cloned().collect();
+        let ready = &self.run.roster.ready;
         if ready.len() < self.plan.sites_to_begin() {
             return false;
         }
         let round = self.run.state.version.saturating_add(1);
-        let draw = Draw { seed: self.plan.seed(), round, attempt: 1 };
-        let chosen = select(draw, &ready, self.plan.sites_to_select(ready.len()));
+        let draw = Draw::new(self.plan, round, 1);
+        let chosen = select(draw, ready, self.plan.sites_to_select(ready.len()));
         self.say(format!("round {round} began with {}", words::names(&chosen)));
         self.run.state.phase = Phase::Training(Training {
             round,
@@ -114,17 +117,18 @@ impl Turn<'_> {
             return;
         }
         let ready = &self.run.roster.ready;
-        let fresh: Vec<SiteName> =
-            ready.iter().filter(|site| !training.sites.contains_key(*site)).cloned().collect();
-        let is_replaced = |site: &&SiteName| training.sites.get(*site) == Some(&Standing::Replaced);
-        let tried: Vec<SiteName> = ready.iter().filter(is_replaced).cloned().collect();
+        let ready_with = |wanted: Option<&Standing>| -> BTreeMap<SiteName, u64> {
+            let has = |(site, _): &(&SiteName, &u64)| training.sites.get(*site) == wanted;
+            ready.iter().filter(has).map(|(site, tokens)| (site.clone(), *tokens)).collect()
+        };
+        let (fresh, tried) = (ready_with(None), ready_with(Some(&Standing::Replaced)));
         if fresh.is_empty() && tried.is_empty() {
             return;
         }
         if is_new_attempt {
             training.attempt = training.attempt.saturating_add(1);
         }
-        let draw = Draw { seed: self.plan.seed(), round: training.round, attempt: training.attempt };
+        let draw = Draw::new(self.plan, training.round, training.attempt);
         let mut chosen = select(draw, &fresh, places);
         chosen.extend(select(draw, &tried, places - chosen.len()));
         training.sites.extend(chosen.iter().map(|site| (site.clone(), Standing::Working)));
@@ -164,7 +168,7 @@ impl Turn<'_> {
     }
 
     pub(super) fn begin_evaluating(&mut self, contributions: Vec<Contribution>) {
-        let mut asked = self.run.roster.ready.clone();
+        let mut asked: BTreeSet<SiteName> = self.run.roster.ready.keys().cloned().collect();
         asked.extend(contributions.into_iter().map(|one| one.site));
         let deadline_ms = self.now.saturating_add(self.plan.evaluation_deadline_ms());
         self.run.state.phase = Phase::Evaluating(Evaluating { asked, deadline_ms });

@@ -55,7 +55,7 @@ impl Turn<'_> {
     /// Every handler checks everything before it changes anything.
     fn apply(&mut self, event: Event) -> Result<(), Rejection> {
         match event {
-            Event::SiteReady(site) => self.site_ready(site),
+            Event::SiteReady { site, train_tokens } => self.site_ready(site, train_tokens),
             Event::SiteGone(site) => {
                 self.site_gone(&site);
                 Ok(())
@@ -95,7 +95,7 @@ impl Turn<'_> {
 
     /// A site that is still to report its last held-out loss gets a while to come back.
     fn site_gone(&mut self, site: &SiteName) {
-        let gone = self.run.roster.ready.remove(site);
+        let gone = self.run.roster.ready.remove(site).is_some();
         self.changed |= gone;
         let state = &self.run.state;
         let awaited = matches!(&state.phase, Phase::Evaluating(evaluating) if evaluating.asked.contains(site))
@@ -130,7 +130,7 @@ impl Turn<'_> {
                 let ready = &self.run.roster.ready;
                 // With nobody connected the aggregator has just restarted, which says nothing about sites.
                 if !ready.is_empty() {
-                    self.replace(|site, run| !run.roster.ready.contains(site));
+                    self.replace(|site, run| !run.roster.ready.contains_key(site));
                 }
             }
             Phase::Reducing(reducing) => {
@@ -162,15 +162,15 @@ impl Turn<'_> {
 
     // What sites do.
 
-    fn site_ready(&mut self, site: SiteName) -> Result<(), Rejection> {
+    fn site_ready(&mut self, site: SiteName, train_tokens: u64) -> Result<(), Rejection> {
         let ready = &mut self.run.roster.ready;
-        if ready.len() >= SITES_MAX && !ready.contains(&site) {
+        if ready.len() >= SITES_MAX && !ready.contains_key(&site) {
             return Err(Rejection::TooManySites { site, limit: SITES_MAX });
         }
         if let Phase::Evaluating(evaluating) = &mut self.run.state.phase {
             self.changed |= evaluating.asked.insert(site.clone());
         }
-        self.changed |= ready.insert(site);
+        self.changed |= ready.insert(site, train_tokens) != Some(train_tokens);
         Ok(())
     }
 

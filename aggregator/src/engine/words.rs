@@ -37,7 +37,7 @@ impl Run {
             remarks.push(format!("{} to join", count(missing, "more site", "more sites")));
         }
         let away: Vec<&SiteName> =
-            training.working().filter(|site| !self.roster.ready.contains(*site)).collect();
+            training.working().filter(|site| !self.roster.ready.contains_key(*site)).collect();
         if !away.is_empty() {
             remarks.push(format!("not connected: {}", names(away)));
         }

@@ -252,6 +252,8 @@ pub struct ParticipationSpec {
     pub minimum_clients: u32,
     /// Sites selected per round; 0: all that are ready.
     pub clients_per_round: u32,
+    /// How they are drawn out of those that are ready.
+    pub sampling: Sampling,
     /// Deltas without which no round is committed; 0: as many as were selected.
     pub quorum: u32,
     /// Seconds until a round ends with its quorum, or selects anew without it; 0: no deadline.
@@ -260,8 +262,25 @@ pub struct ParticipationSpec {
 
 impl Default for ParticipationSpec {
     fn default() -> Self {
-        Self { minimum_clients: 1, clients_per_round: 0, quorum: 0, deadline_seconds: 0 }
+        Self {
+            minimum_clients: 1,
+            clients_per_round: 0,
+            sampling: Sampling::Uniform,
+            quorum: 0,
+            deadline_seconds: 0,
+        }
     }
+}
+
+/// How the sites of a round are drawn, without replacement, by a generator that the run's seed determines.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Sampling {
+    /// Each is as likely as any other.
+    #[default]
+    Uniform,
+    /// In proportion to the tokens that it has to train on, as it reports them.
+    Tokens,
 }
 
 /// How deltas travel.

@@ -1,8 +1,8 @@
 //! What a specification must hold beyond its types: ranges, and keys that must fit each other.
 
 use super::{
-    CheckpointSpec, EvaluationSpec, OptimizerSpec, OuterOptimizer, ParticipationSpec, RunSpec, TokenizerSpec,
-    TrainingSpec, validate::Problem,
+    CheckpointSpec, EvaluationSpec, OptimizerSpec, OuterOptimizer, ParticipationSpec, RunSpec, Sampling,
+    TokenizerSpec, TrainingSpec, validate::Problem,
 };
 use crate::{
     chunk::{CHUNK_PARAMETERS_MAX, CHUNK_PARAMETERS_MIN},
@@ -233,12 +233,19 @@ fn outer(rules: &mut Rules<'_>, optimizer: &OuterOptimizer) {
 }
 
 fn participation(rules: &mut Rules<'_>, participation: &ParticipationSpec) {
-    let ParticipationSpec { minimum_clients, clients_per_round, quorum, deadline_seconds } = *participation;
+    let ParticipationSpec { minimum_clients, clients_per_round, sampling, quorum, deadline_seconds } =
+        *participation;
     rules.check(&["participation.minimum_clients"], (1..=CLIENTS_MAX).contains(&minimum_clients), || {
         format!("is {minimum_clients}; allowed: 1 to {CLIENTS_MAX}")
     });
     rules.check(&["participation.clients_per_round"], clients_per_round <= CLIENTS_MAX, || {
         format!("is {clients_per_round}; allowed: 0 (all that are ready) to {CLIENTS_MAX}")
+    });
+    let draws = clients_per_round > 0 || sampling == Sampling::Uniform;
+    rules.check(&["participation.sampling", "participation.clients_per_round"], draws, || {
+        "is \"tokens\", but with participation.clients_per_round = 0 all sites take part and none are drawn; \
+         allowed then: \"uniform\""
+            .to_owned()
     });
     let selected = clients_per_round == 0 || quorum <= clients_per_round;
     rules.check(&["participation.quorum", "participation.clients_per_round"], selected, || {

@@ -13,7 +13,7 @@ use std::panic::catch_unwind;
 
 use consort_common::{
     ids::{Digest, SiteName},
-    spec::{RunSpec, Weighting},
+    spec::{RunSpec, Sampling, Weighting},
 };
 use rand::{Rng, SeedableRng, seq::IndexedRandom};
 use rand_chacha::ChaCha8Rng;
@@ -96,7 +96,7 @@ fn schedule(specification: &RunSpec, seed: u64, trace: bool) -> Tally {
     if dice.random_ratio(2, 3) {
         world.take(Event::Start);
         for site in &sites {
-            world.take(Event::SiteReady(site.clone()));
+            world.take(ready(site));
         }
     }
     for _ in 0..dice.random_range(0..=CHAOS_EVENTS_MAX) {
@@ -123,6 +123,7 @@ fn random_plan(specification: &RunSpec, sites: u32, dice: &mut ChaCha8Rng) -> (P
     let most = if dice.random_ratio(1, 20) { sites + 1 } else { sites };
     participation.minimum_clients = dice.random_range(0..=most);
     participation.clients_per_round = if dice.random() { 0 } else { dice.random_range(1..=sites) };
+    participation.sampling = if dice.random() { Sampling::Tokens } else { Sampling::Uniform };
     participation.quorum = if dice.random() { 0 } else { dice.random_range(1..=most) };
     participation.deadline_seconds = if dice.random_ratio(2, 3) { dice.random_range(1..=100) } else { 0 };
     let terms = Terms {
@@ -139,7 +140,7 @@ fn random_plan(specification: &RunSpec, sites: u32, dice: &mut ChaCha8Rng) -> (P
 fn chaos(world: &mut World, sites: &[SiteName], dice: &mut ChaCha8Rng) {
     let one = sites.choose(dice).expect("at least one site").clone();
     match dice.random_range(0..100) {
-        0..18 => drop(world.take(Event::SiteReady(one))),
+        0..18 => drop(world.take(ready(&one))),
         18..23 => drop(world.take(Event::SiteGone(one))),
         23..28 => drop(world.take(Event::Start)),
         28..30 => drop(world.take(Event::Pause)),
@@ -177,6 +178,11 @@ fn chaos(world: &mut World, sites: &[SiteName], dice: &mut ChaCha8Rng) {
             world.crash_in_transaction(event);
         }
     }
+}
+
+fn ready(site: &SiteName) -> Event {
+    let train_tokens = 1000 * site.as_str().bytes().map(u64::from).sum::<u64>();
+    Event::SiteReady { site: site.clone(), train_tokens }
 }
 
 fn honest_delivery(world: &World, site: SiteName) -> Event {
@@ -297,7 +303,7 @@ fn cooperate(world: &mut World, live: &[SiteName]) -> bool {
         world.now += 1;
         let event = match world.run.instruction(&world.plan, site) {
             Instruction::Idle { .. } => continue,
-            Instruction::Prepare => Event::SiteReady(site.clone()),
+            Instruction::Prepare => ready(site),
             Instruction::Train { round, .. } => {
                 Event::Delivered { site: site.clone(), round, facts: facts(site, round) }
             }

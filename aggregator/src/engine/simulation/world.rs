@@ -306,7 +306,7 @@ impl World {
                 assert_eq!(training.round, before.version.max(after.version) + 1);
                 assert!(training.wanted >= self.terms.quorum.max(1));
                 self.was_disturbed = false;
-            } else if let (Event::SiteReady(_), Phase::Training(before)) = (event, &before.phase) {
+            } else if let (Event::SiteReady { .. }, Phase::Training(before)) = (event, &before.phase) {
                 let has_joined =
                     training.attempt == before.attempt && training.selected() > before.selected();
                 self.tally.joined += u64::from(has_joined);
@@ -371,7 +371,7 @@ impl World {
     pub(super) fn check_words(&self, site: &SiteName) {
         assert!(!self.run.waiting_for(&self.plan, self.now).is_empty());
         let state = self.state();
-        let is_ready = self.run.ready().contains(site);
+        let is_ready = self.run.ready().contains_key(site);
         let instruction = self.run.instruction(&self.plan, site);
         let shall_prepare = matches!(state.status, RunStatus::Active | RunStatus::Paused) && !is_ready;
         assert_eq!(instruction == Instruction::Prepare, shall_prepare);

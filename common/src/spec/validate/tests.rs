@@ -199,6 +199,17 @@ fn keys_that_must_fit_each_other_are_checked_together() {
         "participation = { minimum_clients = 4, clients_per_round = 2, quorum = 3 }",
         &["participation.quorum is 3; allowed: 0 to participation.clients_per_round = 2"],
     );
+    check("participation = { clients_per_round = 3, sampling = \"tokens\" }", &[]);
+    check(
+        "participation.sampling = \"tokens\"",
+        &[
+            "participation.sampling is \"tokens\", but with participation.clients_per_round = 0 all sites take part and none are drawn; allowed then: \"uniform\"",
+        ],
+    );
+    check(
+        "participation = { clients_per_round = 3, sampling = \"size\" }",
+        &[r#"participation.sampling is "size"; allowed: "uniform", "tokens""#],
+    );
     check("evaluation = { every_rounds = 0, held_out_fraction = 0.0, tokens_max = 0 }", &[]);
     check(
         "evaluation.held_out_fraction = 0.0",
