@@ -52,7 +52,7 @@ fn training() -> TrainingSpec {
     TrainingSpec {
         batch_size: 4,
         sequence_length: 8,
-        schedule: Schedule::Constant { warmup_steps: 0 },
+        schedule: Schedule::Constant { warmup_steps: 0, warmup_from: 0.0, fraction: 1.0 },
         ..TrainingSpec::default()
     }
 }
@@ -266,7 +266,8 @@ fn weight_decay_spares_gains_and_biases() {
 
 #[test]
 fn the_learning_rate_follows_the_schedule_over_the_run() {
-    let schedule = Schedule::Cosine { warmup_steps: 10, total_steps: None, final_fraction: 0.0 };
+    let schedule =
+        Schedule::Cosine { warmup_steps: 10, warmup_from: 0.0, total_steps: None, final_fraction: 0.0 };
     let mut trainer = trainer(&llama(), &TrainingSpec { schedule, ..training() });
     for (step, expected) in [(0, 1e-4), (9, 1e-3), (55, 5e-4), (100, 0.0)] {
         let outcome = trainer.step(&batch(1), step, &go_on).unwrap();

@@ -87,17 +87,36 @@ mod tests {
             with(&|spec| spec.model = Architecture::Gpt2(Gpt2Config::default())),
             with(&|spec| spec.tokenizer = TokenizerSpec::Byte {}),
             with(&|spec| spec.tokenizer = TokenizerSpec::File { path: "p".into(), end_of_text: "e".into() }),
-            with(&|spec| spec.training.schedule = Schedule::Constant { warmup_steps: 1 }),
             with(&|spec| {
                 spec.training.schedule =
-                    Schedule::Cosine { warmup_steps: 1, total_steps: Some(2), final_fraction: 0.0 };
+                    Schedule::Constant { warmup_steps: 1, warmup_from: 0.0, fraction: 1.0 };
+            }),
+            with(&|spec| {
+                spec.training.schedule = Schedule::Cosine {
+                    warmup_steps: 1,
+                    warmup_from: 0.0,
+                    total_steps: Some(2),
+                    final_fraction: 0.0,
+                };
             }),
             with(&|spec| {
                 spec.training.schedule = Schedule::WarmupStableDecay {
                     warmup_steps: 1,
+                    warmup_from: 0.0,
                     decay_steps: 1,
                     total_steps: Some(2),
                     final_fraction: 0.0,
+                };
+            }),
+            with(&|spec| {
+                spec.training.schedule = Schedule::Infinite {
+                    warmup_steps: 1,
+                    warmup_from: 0.0,
+                    cooldown_steps: 1,
+                    constant_fraction: 0.5,
+                    annealing_steps: 1,
+                    total_steps: Some(3),
+                    final_fraction: 0.1,
                 };
             }),
             with(&|spec| spec.outer.optimizer = OuterOptimizer::FedAvg {}),
@@ -152,6 +171,6 @@ mod tests {
                 tried += 1;
             }
         }
-        assert_eq!(tried, 6, "alternatives in the reference");
+        assert_eq!(tried, 7, "alternatives in the reference");
     }
 }

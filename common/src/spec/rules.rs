@@ -165,35 +165,52 @@ fn optimizer(rules: &mut Rules<'_>, optimizer: &OptimizerSpec) {
 
 fn schedule(rules: &mut Rules<'_>, schedule: &Schedule, run_steps: u64) {
     let path = |key: &str| format!("training.schedule.{key}");
-    let (warmup_steps, decay_steps, total_steps, final_fraction) = match *schedule {
-        Schedule::Constant { warmup_steps } => (warmup_steps, None, None, None),
-        Schedule::Cosine { warmup_steps, total_steps, final_fraction } => {
-            (warmup_steps, None, total_steps, Some(final_fraction))
-        }
-        Schedule::WarmupStableDecay { warmup_steps, decay_steps, total_steps, final_fraction } => {
-            (warmup_steps, Some(decay_steps), total_steps, Some(final_fraction))
-        }
-    };
+    let total_steps = schedule.total_steps();
     let total = total_steps.unwrap_or(run_steps);
     // What the total follows from: a key of its own, or the length of the run.
     let (total_path, named) = match total_steps {
         Some(_) => ([path("total_steps"), path("total_steps")], "total_steps"),
         None => (["rounds".to_owned(), "training.local_steps".to_owned()], "the run's steps"),
     };
-    let warmup_path = path("warmup_steps");
-    rules.check(&[&warmup_path, &total_path[0], &total_path[1]], warmup_steps <= total, || {
-        format!("is {warmup_steps}; allowed: 0 to {named}, {total}")
-    });
-    if let Some(decay_steps) = decay_steps {
-        let room = total.saturating_sub(warmup_steps);
-        let holds = decay_steps > 0 && (decay_steps <= room || warmup_steps > total);
-        rules.check(&[&path("decay_steps"), &warmup_path, &total_path[0], &total_path[1]], holds, || {
-            format!("is {decay_steps}; allowed: 1 to what the warm-up leaves of {named}, {room}")
-        });
+    // A phase must fit into what those before it leave.
+    let mut before: Vec<String> = total_path.to_vec();
+    let mut phase = |rules: &mut Rules<'_>, key: &str, steps: u64, least: u64, taken: u64, left: &str| {
+        let room = total.saturating_sub(taken);
+        let paths = [&[path(key)], before.as_slice()].concat();
+        let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
+        let holds = steps >= least && (steps <= room || taken > total);
+        rules.check(&paths, holds, || format!("is {steps}; allowed: {least} to {left}{named}, {room}"));
+        before.push(path(key));
+    };
+    let (warmup_steps, warmup_from) = schedule.warmup();
+    phase(rules, "warmup_steps", warmup_steps, 0, 0, "");
+    let mut fractions = vec![("warmup_from", warmup_from)];
+    match *schedule {
+        Schedule::Constant { fraction, .. } => fractions.push(("fraction", fraction)),
+        Schedule::Cosine { final_fraction, .. } => fractions.push(("final_fraction", final_fraction)),
+        Schedule::WarmupStableDecay { decay_steps, final_fraction, .. } => {
+            phase(rules, "decay_steps", decay_steps, 1, warmup_steps, "what the warm-up leaves of ");
+            fractions.push(("final_fraction", final_fraction));
+        }
+        Schedule::Infinite { cooldown_steps, constant_fraction, annealing_steps, final_fraction, .. } => {
+            phase(rules, "cooldown_steps", cooldown_steps, 0, warmup_steps, "what the warm-up leaves of ");
+            let taken = warmup_steps.saturating_add(cooldown_steps);
+            let left = "what warm-up and cool-down leave of ";
+            phase(rules, "annealing_steps", annealing_steps, 0, taken, left);
+            let holds = 0.0 < constant_fraction && constant_fraction <= 1.0;
+            rules.number(&path("constant_fraction"), constant_fraction, holds, "above 0, up to 1");
+            // Annealing is geometric: it never comes to 0.
+            let paths = [path("final_fraction"), path("constant_fraction")];
+            let falls = 0.0 < final_fraction && (final_fraction <= constant_fraction || !holds);
+            rules.check(&[&paths[0], &paths[1]], falls, || {
+                format!(
+                    "is {final_fraction}; allowed: above 0, up to constant_fraction = {constant_fraction}"
+                )
+            });
+        }
     }
-    if let Some(final_fraction) = final_fraction {
-        let holds = (0.0..=1.0).contains(&final_fraction);
-        rules.number(&path("final_fraction"), final_fraction, holds, "0 to 1");
+    for (key, fraction) in fractions {
+        rules.number(&path(key), fraction, (0.0..=1.0).contains(&fraction), "0 to 1");
     }
 }
 

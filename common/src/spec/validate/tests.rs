@@ -122,7 +122,9 @@ fn missing_keys_say_what_is_allowed() {
     );
     check(
         "training.schedule.warmup_steps = 3",
-        &[r#"training.schedule.kind is missing; allowed: "constant", "cosine", "warmup-stable-decay""#],
+        &[
+            r#"training.schedule.kind is missing; allowed: "constant", "cosine", "warmup-stable-decay", "infinite""#,
+        ],
     );
     check(
         "tokenizer.kind = \"file\"",
@@ -158,7 +160,7 @@ fn wrong_types_name_both() {
     check("outer.optimizer = 3", &["outer.optimizer is 3; allowed: a table"]);
     check(
         "training.schedule = { kind = 3 }",
-        &[r#"training.schedule.kind is 3; allowed: "constant", "cosine", "warmup-stable-decay""#],
+        &[r#"training.schedule.kind is 3; allowed: "constant", "cosine", "warmup-stable-decay", "infinite""#],
     );
     check(
         "evaluation.every_rounds = 1.5",
@@ -237,6 +239,44 @@ fn a_schedule_fits_into_its_steps() {
         "training.schedule = { kind = \"warmup-stable-decay\", warmup_steps = 600, decay_steps = 400 }",
         &[],
     );
+    check(
+        "training.schedule = { kind = \"infinite\", warmup_steps = 100, cooldown_steps = 600, annealing_steps = 301 }",
+        &[
+            "training.schedule.annealing_steps is 301; allowed: 0 to what warm-up and cool-down leave of the run's steps, 300",
+        ],
+    );
+    check(
+        "training.schedule = { kind = \"infinite\", warmup_steps = 100, cooldown_steps = 600, annealing_steps = 300 }",
+        &[],
+    );
+    check(
+        "training.schedule = { kind = \"infinite\", warmup_steps = 9, cooldown_steps = 2, total_steps = 10 }",
+        &["training.schedule.cooldown_steps is 2; allowed: 0 to what the warm-up leaves of total_steps, 1"],
+    );
+}
+
+#[test]
+fn fractions_of_the_peak_rate_are_fractions() {
+    check(
+        "training.schedule = { kind = \"constant\", warmup_from = 1.5, fraction = -0.1 }",
+        &[
+            "training.schedule.warmup_from is 1.5; allowed: 0 to 1",
+            "training.schedule.fraction is -0.1; allowed: 0 to 1",
+        ],
+    );
+    check(
+        "training.schedule = { kind = \"infinite\", constant_fraction = 0 }",
+        &["training.schedule.constant_fraction is 0; allowed: above 0, up to 1"],
+    );
+    for (fraction, shown) in [("0.0", "0"), ("0.6", "0.6"), ("nan", "NaN")] {
+        let problem = format!(
+            "training.schedule.final_fraction is {shown}; allowed: above 0, up to constant_fraction = 0.55"
+        );
+        check(
+            &format!("training.schedule = {{ kind = \"infinite\", final_fraction = {fraction} }}"),
+            &[&problem],
+        );
+    }
 }
 
 #[test]
