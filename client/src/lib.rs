@@ -3,7 +3,8 @@
 //!
 //! `session` keeps the connection and hears instructions; `supervisor` starts and stops the `work` that they
 //! ask for; `prepare` and `round` do it, with `transfer` (models over the network), `data` (the site's text),
-//! `local_steps` and `trainer` (libtorch, the only user of `tch`). `daemon` puts the parts together.
+//! `local_steps`, `steps` (the loop that trains) and `trainer` (libtorch, the only user of `tch`). `daemon` puts
+//! the parts together. `local_training` is that loop without a federation.
 
 pub mod backoff;
 pub mod check;
@@ -16,12 +17,14 @@ mod fake;
 pub mod link;
 pub mod local;
 pub mod local_steps;
+pub mod local_training;
 pub mod model_file;
 pub mod prepare;
 pub mod progress;
 pub mod round;
 pub mod session;
 pub mod state;
+pub mod steps;
 pub mod supervisor;
 pub mod trainer;
 pub mod transfer;

@@ -1,25 +1,21 @@
-//! What one machine does without a federation: train alone on a site's text, and measure, question and
-//! continue checkpoints. The same engine, initial weights and order of data as in a federation, so that the
-//! numbers compare.
+//! What one machine does with checkpoints: measure, question and continue them, with the same engine as in a
+//! federation, so that the numbers compare.
 //!
 //! No network here. All tensors belong to the thread that calls.
 
-use std::{ops::ControlFlow, path::Path, time::Instant};
+use std::{ops::ControlFlow, path::Path};
 
 use consort_common::{
     checkpoint::{self, CheckpointError},
     model::Architecture,
-    spec::{RunSpec, TrainingSpec},
+    spec::TrainingSpec,
 };
 
 use crate::{
-    data::{DataError, Dataset, Feed, HeldOut, Sampler, Tokenizer},
+    data::{DataError, HeldOut, Tokenizer},
     trainer::{Device, EvaluationSum, Sampling, Trainer, TrainerError},
 };
 
-/// Steps between two readings of the loss. Each waits for the device, and fails if none of the steps made an
-/// update.
-const REPORT_STEPS: u64 = 20;
 /// Sequences of a forward pass when nothing is trained.
 const EVALUATION_SEQUENCES: u32 = 16;
 
@@ -37,63 +33,6 @@ pub enum LocalError {
     Trainer(#[from] TrainerError),
 }
 
-/// How far local training is.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct LocalProgress {
-    /// Steps done.
-    pub step: u64,
-    /// Steps to do.
-    pub steps: u64,
-    /// Tokens trained so far.
-    pub tokens: u64,
-    /// Since the last report.
-    pub tokens_per_second: f64,
-    /// Mean training loss since the last report, nats per token.
-    pub loss: f64,
-    /// Share of the time since the last report that was spent waiting for batches.
-    pub waited_share: f64,
-}
-
-/// Trains the specification's model on one dataset alone for `steps` optimizer steps, over which the learning
-/// rate's schedule extends, and returns the flat vector. `site` chooses the order of the data, as in a
-/// federation.
-///
-/// # Errors
-/// The text is shorter than a sequence, training diverged or was cancelled, or the device failed.
-pub fn train_locally(
-    spec: &RunSpec,
-    dataset: &Dataset,
-    site: &str,
-    steps: u64,
-    device: Device,
-    progress: &mut dyn FnMut(LocalProgress),
-    cancelled: &dyn Fn() -> bool,
-) -> Result<Vec<f32>, LocalError> {
-    let training = &spec.training;
-    let sampler = Sampler::new(dataset.train.clone(), training.sequence_length as usize, spec.seed, site)?;
-    let mut feed = Feed::new(sampler, training.batch_size as usize)?;
-    let mut trainer = Trainer::new(&spec.model, training, steps, device)?;
-    trainer.load(&spec.model.manifest().initialise(spec.seed))?;
-
-    let (mut reported, mut tokens_reported, mut waited_reported) = (Instant::now(), 0, feed.waited());
-    let mut tokens = 0;
-    for step in 0..steps {
-        tokens += trainer.step(feed.next_batch()?, step, cancelled)?.tokens;
-        let done = step + 1;
-        if (done.is_multiple_of(REPORT_STEPS) || done == steps)
-            && let Some(loss) = trainer.take_loss()?
-        {
-            let seconds = reported.elapsed().as_secs_f64().max(1e-9);
-            #[allow(clippy::cast_precision_loss)]
-            let tokens_per_second = (tokens - tokens_reported) as f64 / seconds;
-            let waited_share = (feed.waited() - waited_reported).as_secs_f64() / seconds;
-            progress(LocalProgress { step: done, steps, tokens, tokens_per_second, loss, waited_share });
-            (reported, tokens_reported, waited_reported) = (Instant::now(), tokens, feed.waited());
-        }
-    }
-    Ok(trainer.parameters()?)
-}
-
 /// The loss of the model `flat` on held-out text.
 ///
 /// # Errors
@@ -108,7 +47,7 @@ pub fn evaluate(
 ) -> Result<EvaluationSum, LocalError> {
     let model = model(architecture, flat, device)?;
     let mut damage = None;
-    let windows = held_out.batches(1).map_while(|window| window.map_err(|error| damage = Some(error)).ok());
+    let windows = held_out.windows().map_while(|window| window.map_err(|error| damage = Some(error)).ok());
     let sum = model.evaluate(windows, cancelled)?;
     damage.map_or(Ok(sum), |error| Err(error.into()))
 }
@@ -225,75 +164,15 @@ fn model(architecture: &Architecture, flat: &[f32], device: Device) -> Result<Tr
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, fs};
+    use std::collections::BTreeMap;
 
     use consort_common::tokenizer::{BYTE_END_OF_TEXT, BYTE_END_OF_TEXT_ID, byte_tokenizer_json};
 
     use super::*;
-    use crate::{
-        data::{PrepareRequest, prepare},
-        trainer::{DeviceChoice, set_threads},
-    };
-
-    const SPEC: &str = r#"
-        name = "alone"
-        seed = 3
-        rounds = 2
-        [model]
-        architecture = "llama"
-        hidden_size = 32
-        intermediate_size = 64
-        num_hidden_layers = 1
-        num_attention_heads = 2
-        num_key_value_heads = 1
-        max_position_embeddings = 32
-        [training]
-        local_steps = 30
-        batch_size = 8
-        sequence_length = 32
-        optimizer = { kind = "adamw", learning_rate = 0.01 }
-    "#;
-
-    fn test_device() -> Device {
-        set_threads(1);
-        let name = std::env::var("CONSORT_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
-        name.parse::<DeviceChoice>().unwrap().open().unwrap()
-    }
-
-    struct Site {
-        _folder: tempfile::TempDir,
-        spec: RunSpec,
-        dataset: Dataset,
-        held_out: HeldOut,
-    }
-
-    /// A text of repeating phrases, easy to learn.
-    fn site() -> Site {
-        let folder = tempfile::tempdir().unwrap();
-        let source = folder.path().join("text");
-        fs::create_dir(&source).unwrap();
-        for document in 0..20 {
-            let phrase = format!("The {document} bells of the harbour rang. ");
-            fs::write(source.join(format!("{document}.txt")), phrase.repeat(20)).unwrap();
-        }
-        let request = PrepareRequest {
-            source,
-            cache: folder.path().join("cache"),
-            tokenizer: Tokenizer::byte(),
-            held_out_fraction: 0.2,
-            vocabulary_size: 257,
-        };
-        let dataset = prepare(&request, &|_| {}, &|| false).unwrap();
-        let held_out = HeldOut::new(dataset.held_out.clone(), 32, 10_000).unwrap();
-        Site { _folder: folder, spec: RunSpec::parse(SPEC).unwrap(), dataset, held_out }
-    }
+    use crate::local_training::tests::{Site, test_device};
 
     fn go_on() -> bool {
         false
-    }
-
-    fn train(site: &Site) -> Vec<f32> {
-        train_locally(&site.spec, &site.dataset, "a", 60, test_device(), &mut |_| {}, &go_on).unwrap()
     }
 
     /// Writes `flat` as a checkpoint of the byte tokenizer.
@@ -307,45 +186,9 @@ mod tests {
     }
 
     #[test]
-    fn training_alone_learns_the_text_and_gives_the_same_bits_again() {
-        let site = site();
-        let mut reports = Vec::new();
-        let flat = train_locally(
-            &site.spec,
-            &site.dataset,
-            "a",
-            60,
-            test_device(),
-            &mut |report| reports.push(report),
-            &go_on,
-        )
-        .unwrap();
-        assert_eq!(reports.iter().map(|report| report.step).collect::<Vec<_>>(), [20, 40, 60]);
-        assert_eq!(reports[2].tokens, 60 * 8 * 32);
-        assert!(reports[2].loss < reports[0].loss / 2.0, "{reports:?}");
-
-        let loss = |flat: &[f32]| {
-            evaluate(&site.spec.model, flat, &site.held_out, test_device(), &go_on).unwrap().loss()
-        };
-        let untrained = loss(&site.spec.model.manifest().initialise(site.spec.seed));
-        assert!((untrained - 257f64.ln()).abs() < 0.05, "{untrained}");
-        assert!(loss(&flat) < 1.5, "{}", loss(&flat));
-
-        let again: Vec<u32> = train(&site).iter().map(|value| value.to_bits()).collect();
-        assert_eq!(again, flat.iter().map(|value| value.to_bits()).collect::<Vec<_>>());
-    }
-
-    #[test]
-    fn training_alone_can_be_cancelled() {
-        let site = site();
-        let result = train_locally(&site.spec, &site.dataset, "a", 60, test_device(), &mut |_| {}, &|| true);
-        assert!(matches!(result, Err(LocalError::Trainer(TrainerError::Cancelled))));
-    }
-
-    #[test]
     fn a_checkpoint_is_measured_and_continued_as_the_model_that_it_holds() {
-        let site = site();
-        let flat = train(&site);
+        let site = Site::new();
+        let flat = site.train(60);
         let folder = checkpoint_of(&site, &flat);
         let directory = folder.path().join("x");
         assert_eq!(

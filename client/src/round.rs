@@ -243,9 +243,14 @@ impl Round<'_> {
             cancel: self.cancel.clone(),
         };
         let trained = self.on_trainer(move |trainer| local_steps::train(trainer, &job)).await?;
+        let tally = &trained.progress.tally;
         info!(
-            "round {}: {} steps, loss {:.4}, {:.1} s of training",
-            task.round, task.steps, trained.train_loss, trained.progress.seconds
+            "round {}: {} steps, loss {:.4}, {:.1} s of training, {:.2}% of it waiting for data",
+            task.round,
+            task.steps,
+            trained.train_loss,
+            tally.seconds,
+            tally.waited_share() * 100.0
         );
         let (material, task) = (self.material.clone(), task.clone());
         let keeping = tokio::task::spawn_blocking(move || keep(&material, &task, &model, trained));
@@ -303,7 +308,7 @@ pub(crate) fn keep(
         steps: task.steps,
         tokens: task.tokens,
         train_loss: trained.train_loss,
-        train_seconds: trained.progress.seconds,
+        train_seconds: trained.progress.tally.seconds,
         norm,
         encoded_digest,
         encoding,

@@ -33,7 +33,7 @@ const RUNS_MAX: usize = 8;
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// Another daemon has it.
-    #[error("the state directory {path} is in use by another consort-client: stop that one first, or give this one a state_directory of its own", path = .0.display())]
+    #[error("the folder {path} is in use by another consort-client: stop that one first, or give this one a folder of its own (state_directory, or --out)", path = .0.display())]
     InUse(PathBuf),
     /// A file in it cannot be read or written.
     #[error("cannot {action} {path}: {source}; check state_directory, its owner and the space on its disk", path = path.display())]
@@ -67,17 +67,7 @@ impl StateDirectory {
     /// Creates the directory if need be, and locks it.
     pub fn open(path: &Path) -> Result<Self, StateError> {
         fs::create_dir_all(path).map_err(io_error("create the folder", path))?;
-        let lock_path = path.join("daemon.lock");
-        let lock = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&lock_path)
-            .map_err(io_error("open", &lock_path))?;
-        acquire(&lock).map_err(|error| match error {
-            TryLockError::WouldBlock => StateError::InUse(path.to_owned()),
-            TryLockError::Error(source) => io_error("lock", &lock_path)(source),
-        })?;
+        let lock = lock(&path.join("daemon.lock"))?;
         Ok(Self { path: path.to_owned(), instance_id: instance_id(path)?, _lock: lock })
     }
 
@@ -101,15 +91,22 @@ impl StateDirectory {
     }
 }
 
-/// Locks the file; a daemon that was killed a moment ago may still be on its way out.
-fn acquire(lock: &File) -> Result<(), TryLockError> {
-    for _ in 1..LOCK_ATTEMPTS_MAX {
-        match lock.try_lock() {
+/// Locks the file, created if need be, for as long as it is open; a process that was killed a moment ago may
+/// still be on its way out.
+///
+/// # Errors
+/// [`StateError::InUse`] if another process has it, or it cannot be opened.
+pub fn lock(path: &Path) -> Result<File, StateError> {
+    let file = File::options().create(true).truncate(false).write(true).open(path);
+    let file = file.map_err(io_error("open", path))?;
+    for _ in 0..LOCK_ATTEMPTS_MAX {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
             Err(TryLockError::WouldBlock) => thread::sleep(LOCK_PAUSE),
-            other => return other,
+            Err(TryLockError::Error(source)) => return Err(io_error("lock", path)(source)),
         }
     }
-    lock.try_lock()
+    Err(StateError::InUse(path.parent().unwrap_or(path).to_owned()))
 }
 
 fn instance_id(directory: &Path) -> Result<[u8; 16], StateError> {

@@ -12,6 +12,7 @@ use crate::{
     data::DataError,
     link::describe,
     state::StateError,
+    steps::StepsError,
     trainer::{TrainerError, checkpoint::CheckpointError},
     transfer::TransferError,
 };
@@ -236,6 +237,16 @@ impl From<DataError> for WorkError {
         match error {
             DataError::Cancelled => Self::Cancelled,
             error => Self::Data(error),
+        }
+    }
+}
+
+impl From<StepsError> for WorkError {
+    fn from(error: StepsError) -> Self {
+        match error {
+            StepsError::Data(error) => error.into(),
+            StepsError::Trainer(error) => error.into(),
+            StepsError::Checkpoint(error) => error.into(),
         }
     }
 }

@@ -1,5 +1,6 @@
-//! `evaluate`: a checkpoint's loss on text, over the very windows that the daemon measures on when it is
-//! given the same fraction, sequence length and number of tokens.
+//! `evaluate`: a checkpoint's loss on text. Without `--tokens-max` on all of it, each token once, so that the
+//! bits per byte compare across tokenizers; with it over the very windows that the daemon measures on when it
+//! is given the same fraction, sequence length and number of tokens.
 
 use std::path::PathBuf;
 
@@ -30,9 +31,9 @@ pub(super) struct EvaluateArguments {
     /// Tokens that each sequence predicts, as in the run's specification [default: the model's context]
     #[arg(long, value_name = "N")]
     sequence_length: Option<usize>,
-    /// Tokens to measure on at most, spread over the text [default: all]
-    #[arg(long, default_value_t = u64::MAX, hide_default_value = true, value_name = "N")]
-    tokens_max: u64,
+    /// Tokens to measure on at most, spread over the text, as in the run's specification [default: all]
+    #[arg(long, value_name = "N")]
+    tokens_max: Option<u64>,
     /// Folder where the tokenised text is kept for a next time [default: none]
     #[arg(long, value_name = "FOLDER")]
     cache: Option<PathBuf>,
@@ -54,12 +55,22 @@ impl EvaluateArguments {
         }
         let device = self.device.open()?;
         let tokenizer = Tokenizer::from_json(model.tokenizer_json.as_bytes(), &model.end_of_text)?;
+        let end_of_text = tokenizer.end_of_text();
         let held_out_fraction = if self.held_out_only { self.held_out_fraction } else { 0.0 };
         let vocabulary_size = model.architecture.vocab_size();
-        let dataset =
-            text::prepare(&self.data, self.cache.as_deref(), tokenizer, held_out_fraction, vocabulary_size)?;
+        let dataset = text::prepare(
+            &self.data,
+            self.cache.as_deref(),
+            tokenizer,
+            held_out_fraction,
+            vocabulary_size,
+            &|| false,
+        )?;
         let shard = if self.held_out_only { dataset.held_out } else { dataset.train };
-        let windows = HeldOut::new(shard, sequence_length, self.tokens_max)?;
+        let windows = match self.tokens_max {
+            Some(tokens_max) => HeldOut::new(shard, sequence_length, tokens_max)?,
+            None => HeldOut::whole(shard, sequence_length, end_of_text)?,
+        };
         let sum = text::measure(&model.architecture, &model.flat, &windows, device)?;
         print(sum, windows.text_bytes(), self.json);
         Ok(())
@@ -87,6 +98,7 @@ pub(super) fn print(sum: EvaluationSum, text_bytes: u64, as_json: bool) {
     }
 }
 
+/// A document's last token, its end, costs bits and has no bytes: every tokenizer has one per document.
 #[allow(clippy::cast_precision_loss)]
 fn bits_per_byte(sum: EvaluationSum, text_bytes: u64) -> f64 {
     sum.loss_sum / std::f64::consts::LN_2 / text_bytes as f64

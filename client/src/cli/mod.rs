@@ -57,6 +57,11 @@ enum Command {
         json: bool,
     },
     /// Train a run's model on one folder of text, without a federation
+    ///
+    /// A training that was stopped or killed goes on with the same command: beside OUT, in OUT.training, lie
+    /// its checkpoint and metrics.csv with a row every so many steps. On a CPU it comes to the same rows and
+    /// weights as without a break. SIGTERM or SIGINT makes it write a checkpoint and end; a second one ends it
+    /// at once.
     Train(train::TrainArguments),
     /// Measure a checkpoint on text: loss, perplexity, bits per byte
     Evaluate(evaluate::EvaluateArguments),
@@ -186,13 +191,21 @@ fn run(config: &Config) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The first signal asks the daemon to end, a second one ends it.
+/// A command that the first signal asks to stop and a second one ends.
+fn until_signalled<T>(command: impl FnOnce(&CancellationToken) -> anyhow::Result<T>) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let stop = CancellationToken::new();
+    runtime.spawn(on_signals(stop.clone()));
+    command(&stop)
+}
+
+/// The first signal asks to end, a second one ends the process.
 async fn on_signals(stop: CancellationToken) {
     let (Ok(mut terminate), Ok(mut interrupt)) =
         (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
     else {
         return tracing::warn!(
-            "signals cannot be received: stopping the daemon will cost its work since the last checkpoint"
+            "signals cannot be received: stopping this will cost its work since the last checkpoint"
         );
     };
     let mut next = async || {
@@ -202,7 +215,7 @@ async fn on_signals(stop: CancellationToken) {
         }
     };
     next().await;
-    tracing::info!("stopping: writing a local checkpoint and leaving; a second signal ends this at once");
+    tracing::info!("stopping: writing a local checkpoint; a second signal ends this at once");
     stop.cancel();
     next().await;
     // 128 + SIGINT, as shells have it.

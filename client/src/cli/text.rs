@@ -19,6 +19,7 @@ pub(super) fn prepare(
     tokenizer: Tokenizer,
     held_out_fraction: f64,
     vocabulary_size: usize,
+    cancelled: &(dyn Fn() -> bool + Sync),
 ) -> Result<Dataset> {
     let temporary = tempfile::tempdir()?;
     let cache = cache.unwrap_or(temporary.path()).to_owned();
@@ -31,7 +32,7 @@ pub(super) fn prepare(
         }
     };
     // Shards are mapped: they stay readable after their temporary files have gone.
-    Ok(data::prepare(&request, &tell, &|| false)?)
+    Ok(data::prepare(&request, &tell, cancelled)?)
 }
 
 /// The loss of the model `flat` on `held_out`, with progress.

@@ -1,13 +1,15 @@
 //! `train`: a run's model trained on one folder of text, alone; the baseline for a federation.
 
 use std::{
+    cell::RefCell,
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context, Result, bail};
-use clap::Args;
+use clap::{Args, value_parser};
 use consort_common::{
     checkpoint,
     ids::SiteName,
@@ -15,11 +17,13 @@ use consort_common::{
     tokenizer::{BYTE_END_OF_TEXT, byte_tokenizer_json},
     units,
 };
+use tokio_util::sync::CancellationToken;
 
-use super::{DeviceArguments, bar::Bar, evaluate, text};
+use super::{DeviceArguments, bar::Bar, evaluate, text, until_signalled};
 use crate::{
-    data::{HeldOut, Tokenizer},
-    local::{LocalProgress, train_locally},
+    data::{DataError, Dataset, HeldOut, Tokenizer},
+    local_training::{Folder, LocalProgress, LocalTraining, Request},
+    steps::Text,
 };
 
 /// Arguments of `train`.
@@ -33,13 +37,28 @@ pub(super) struct TrainArguments {
     /// Where the checkpoint goes: a new folder, or a checkpoint to be replaced
     #[arg(long, value_name = "FOLDER")]
     out: PathBuf,
+    /// Start from this checkpoint, a Hugging Face directory, instead of new weights
+    #[arg(long, value_name = "CHECKPOINT")]
+    from: Option<PathBuf>,
+    /// Begin anew, whatever an earlier training has left in OUT.training
+    #[arg(long)]
+    fresh: bool,
     /// Optimizer steps, over which the learning rate's schedule extends [default: the run's]
     #[arg(long, value_name = "N")]
     steps: Option<u64>,
     /// Train in the order of this site
     #[arg(long, default_value = "alone", value_name = "NAME")]
     site: SiteName,
-    /// Folder where the tokenised text is kept for a next time [default: none]
+    /// Steps between two rows of metrics.csv
+    #[arg(long, default_value_t = 10, value_name = "N", value_parser = value_parser!(u64).range(1..))]
+    log_every: u64,
+    /// Steps between two measurements of the held-out loss; 0: only at the end
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    evaluate_every: u64,
+    /// Seconds between two local checkpoints: what a crash can cost
+    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    checkpoint_seconds: u64,
+    /// Folder where the tokenised text is kept for a next time [default: OUT.training, until it is done]
     #[arg(long, value_name = "FOLDER")]
     cache: Option<PathBuf>,
     /// Print one JSON document about the held-out loss instead of text
@@ -51,65 +70,138 @@ pub(super) struct TrainArguments {
 
 impl TrainArguments {
     pub(super) fn run(&self) -> Result<()> {
+        until_signalled(|stop| self.train(stop))
+    }
+
+    fn train(&self, stop: &CancellationToken) -> Result<()> {
         let toml = fs::read_to_string(&self.specification)
             .with_context(|| format!("cannot read the specification {}", self.specification.display()))?;
         let spec = RunSpec::parse(&toml)?;
         check_out(&self.out)?;
+        let folder = Folder::open(&beside(&self.out)?)?;
+        if self.fresh {
+            folder.forget()?;
+        }
         let device = self.device.open()?;
         let (tokenizer_json, end_of_text) = tokenizer(&spec.tokenizer, &self.specification)?;
         let tokenizer = Tokenizer::for_run(&spec.tokenizer, tokenizer_json.as_bytes())?;
         let end_of_text_id = tokenizer.end_of_text();
+        let start = self.start(&spec, &tokenizer)?;
+        let cache = self.cache.clone().unwrap_or_else(|| folder.text());
         let dataset = text::prepare(
             &self.data,
-            self.cache.as_deref(),
+            Some(&cache),
             tokenizer,
             spec.evaluation.held_out_fraction,
             spec.model.vocab_size(),
+            &|| stop.is_cancelled(),
         )?;
+        let held_out = held_out(&spec, &dataset)?;
 
         let steps = self.steps.unwrap_or(spec.run_steps());
-        let mut bar = Bar::new("training");
-        let mut tell = |progress: LocalProgress| {
-            bar.update(progress.step, progress.steps, &progress_text(&progress));
+        let request = Request {
+            text: Text { spec: &spec, dataset: &dataset, site: self.site.as_str() },
+            start: &start,
+            steps,
+            held_out: held_out.as_ref(),
+            log_every: self.log_every,
+            evaluate_every: self.evaluate_every,
+            checkpoint_interval: Duration::from_secs(self.checkpoint_seconds),
+            device,
         };
-        let flat = train_locally(&spec, &dataset, self.site.as_str(), steps, device, &mut tell, &|| false)?;
+        let training = LocalTraining::open(&folder, request)?;
+        if training.steps_done() > 0 {
+            eprintln!("going on after step {} of {steps}", training.steps_done());
+        }
+        let bar = RefCell::new(Bar::new("training"));
+        let mut tell = |progress: LocalProgress| {
+            bar.borrow_mut().update(progress.step, steps, &progress_text(&progress, steps));
+        };
+        let trained = training.run(&mut tell, &|| stop.is_cancelled())?;
         drop(bar);
-        let metadata = BTreeMap::from([
+        let mut metadata = BTreeMap::from([
             ("consort.specification".to_owned(), RunSpec::digest(&toml).to_string()),
             ("consort.trained_alone_by".to_owned(), self.site.to_string()),
             ("consort.steps".to_owned(), steps.to_string()),
         ]);
+        if let Some(from) = &self.from {
+            metadata.insert("consort.started_from".to_owned(), from.display().to_string());
+        }
         checkpoint::write(
             &self.out,
             &spec.model,
-            &flat,
+            &trained.parameters,
             &tokenizer_json,
             &end_of_text,
             end_of_text_id,
             &metadata,
         )?;
+        folder.forget()?;
 
-        let sequence_length = spec.training.sequence_length as usize;
-        let held_out = HeldOut::new(dataset.held_out, sequence_length, spec.evaluation.tokens_max)?;
-        let sum = text::measure(&spec.model, &flat, &held_out, device)?;
-        evaluate::print(sum, held_out.text_bytes(), self.json);
+        if let (Some(sum), Some(held_out)) = (trained.held_out, held_out) {
+            evaluate::print(sum, held_out.text_bytes(), self.json);
+        }
         if !self.json {
             println!("checkpoint      {}", self.out.display());
+            println!("metrics         {}", folder.metrics().display());
         }
         Ok(())
     }
+
+    /// The weights that training begins with.
+    fn start(&self, spec: &RunSpec, tokenizer: &Tokenizer) -> Result<Vec<f32>> {
+        let Some(from) = &self.from else { return Ok(spec.model.manifest().initialise(spec.seed)) };
+        let checkpoint = checkpoint::read(from)
+            .with_context(|| format!("cannot start from the checkpoint {}", from.display()))?;
+        if checkpoint.architecture != spec.model {
+            bail!(
+                "cannot start from {}: its model is {:?}, the specification's {:?}",
+                from.display(),
+                checkpoint.architecture,
+                spec.model
+            );
+        }
+        let its = Tokenizer::from_json(checkpoint.tokenizer_json.as_bytes(), &checkpoint.end_of_text)?;
+        if its.digest() != tokenizer.digest() {
+            bail!(
+                "cannot start from {}: it was trained with another tokenizer than the specification's; name its \
+                 tokenizer.json there",
+                from.display()
+            );
+        }
+        Ok(checkpoint.flat)
+    }
 }
 
-fn progress_text(progress: &LocalProgress) -> String {
+/// `OUT.training`.
+fn beside(out: &Path) -> Result<PathBuf> {
+    let Some(name) = out.file_name() else { bail!("--out is {}: name a folder", out.display()) };
+    let mut name = name.to_owned();
+    name.push(".training");
+    Ok(out.with_file_name(name))
+}
+
+/// The held-out windows, if the specification asks for any and the text has as much as one.
+fn held_out(spec: &RunSpec, dataset: &Dataset) -> Result<Option<HeldOut>> {
+    let sequence_length = spec.training.sequence_length as usize;
+    match HeldOut::new(dataset.held_out.clone(), sequence_length, spec.evaluation.tokens_max) {
+        Ok(held_out) => Ok(Some(held_out)),
+        Err(error @ DataError::TooShort { .. }) => {
+            tracing::warn!("no held-out loss is measured: {error}");
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn progress_text(progress: &LocalProgress, steps: u64) -> String {
+    let LocalProgress { step, latest, held_out_loss } = progress;
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-    let speed = units::count(progress.tokens_per_second as u64);
-    format!(
-        "step {} of {}, loss {:.4}, {speed} tokens/s, {:.2}% waiting for data",
-        progress.step,
-        progress.steps,
-        progress.loss,
-        progress.waited_share * 100.0
-    )
+    let speed = units::count(latest.tokens_per_second() as u64);
+    let loss = latest.loss().map_or_else(String::new, |loss| format!(", loss {loss:.4}"));
+    let held_out = held_out_loss.map_or_else(String::new, |loss| format!(" (held-out {loss:.4})"));
+    let waited = latest.waited_share() * 100.0;
+    format!("step {step} of {steps}{loss}{held_out}, {speed} tokens/s, {waited:.2}% waiting for data")
 }
 
 /// The run's `tokenizer.json` and its end of text.
@@ -142,6 +234,14 @@ fn check_out(out: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_training_lies_beside_its_result() {
+        for (out, training) in [("a/b", "a/b.training"), ("a/b/", "a/b.training"), ("b", "b.training")] {
+            assert_eq!(beside(Path::new(out)).unwrap(), Path::new(training));
+        }
+        assert!(beside(Path::new("..")).is_err());
+    }
 
     #[test]
     fn only_checkpoints_and_empty_folders_are_replaced() {

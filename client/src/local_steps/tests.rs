@@ -117,13 +117,12 @@ impl Site {
     /// Trains `steps` of a round, then leaves a checkpoint, as a daemon that is stopped.
     fn interrupt(&self, trainer: &mut Trainer, round: u32, steps: u64) {
         let job = self.job(round);
-        let begun = resume(trainer, &job).unwrap().unwrap_or_else(|| begin(trainer, &job).unwrap());
-        let mut round = Steps::new(trainer, &job, begun).unwrap();
+        let progress = resume(trainer, &job).unwrap().unwrap_or_else(|| begin(trainer, &job).unwrap());
+        let mut round = job.steps(trainer, progress).unwrap();
         for _ in 0..steps {
-            round.step().unwrap();
+            round.step(&|| false).unwrap();
         }
-        job.cancel.cancel();
-        assert!(matches!(round.step(), Err(WorkError::Cancelled)));
+        assert!(matches!(round.step(&|| true), Err(StepsError::Trainer(TrainerError::Cancelled))));
         round.save().unwrap();
     }
 }

@@ -1,8 +1,10 @@
-//! A site's own checkpoint within a round: one safetensors file with the flat parameters and moments, and
-//! where the training stood.
+//! The local checkpoint of a training: one safetensors file with the flat parameters and moments, and where
+//! the training stood, which is its owner's affair.
 //!
-//! It appears whole or not at all, and is believed only if its BLAKE3 is right: who finds it broken starts
-//! the round anew. Values are little-endian, as safetensors are.
+//! It appears whole or not at all, and is believed only if its BLAKE3 is right. Values are little-endian, as
+//! safetensors are.
+
+mod writer;
 
 use std::{
     collections::HashMap,
@@ -13,41 +15,20 @@ use std::{
 
 use consort_common::{
     atomic_file::{partial_path, write_atomically_with},
-    ids::{Digest, RunName},
+    ids::Digest,
 };
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensorError, SafeTensors, tensor::TensorView};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+pub use self::writer::Writer;
 use super::Moments;
 
-/// Where the training of a round stands.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Progress {
-    /// The run.
-    pub run: RunName,
-    /// Digest of its specification.
-    pub spec: Digest,
-    /// The round, from 0.
-    pub round: u32,
-    /// Steps done in this round.
-    pub steps: u64,
-    /// Where the data's sampler stands; its own affair.
-    pub cursor: serde_json::Value,
-    /// Sum over the round's steps of the training loss, nats per token.
-    pub loss_sum: f64,
-    /// Tokens trained in this round.
-    pub tokens: u64,
-    /// Seconds spent on training in this round.
-    pub seconds: f64,
-}
-
-/// A checkpoint as read back.
-#[derive(Debug, PartialEq)]
-pub struct Checkpoint {
-    /// Where the training stood.
-    pub progress: Progress,
+/// All that a training goes on with. `P` says where it stands.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Checkpoint<P> {
+    /// Where the training stands.
+    pub progress: P,
     /// The flat parameters.
     pub parameters: Vec<f32>,
     /// The optimizer's state.
@@ -69,12 +50,20 @@ pub enum CheckpointError {
         /// The system's reason.
         source: io::Error,
     },
-    /// The file is not what was written. The round's training begins anew.
-    #[error("the training checkpoint {path} is damaged ({reason}): the round's training begins anew")]
+    /// The file is not what was written.
+    #[error("the training checkpoint {path} is damaged: {reason}")]
     Damaged {
         /// The file.
         path: PathBuf,
         /// What is wrong.
+        reason: String,
+    },
+    /// The thread that writes cannot be started, or has panicked.
+    #[error("the training checkpoint {path} was not written: {reason}")]
+    Thread {
+        /// The file.
+        path: PathBuf,
+        /// Why.
         reason: String,
     },
 }
@@ -82,8 +71,8 @@ pub enum CheckpointError {
 /// What is stored beside the tensors, as one JSON text.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Metadata {
-    progress: Progress,
+struct Metadata<P> {
+    progress: P,
     optimizer_steps: u64,
 }
 
@@ -95,9 +84,9 @@ const TENSORS: [&str; 3] = ["first_moments", "parameters", "second_moments"];
 ///
 /// # Errors
 /// The file system refused; what was at `path` is still there.
-pub fn save(
+pub fn save<P: Serialize>(
     path: &Path,
-    progress: &Progress,
+    progress: &P,
     parameters: &[f32],
     moments: &Moments,
 ) -> Result<(), CheckpointError> {
@@ -107,8 +96,8 @@ pub fn save(
 
 /// Writes the content through a handle of its own, as the safetensors crate will have it; the caller's
 /// handle, of the same file, then makes it durable.
-fn write(path: &Path, progress: &Progress, parameters: &[f32], moments: &Moments) -> io::Result<()> {
-    let metadata = Metadata { progress: progress.clone(), optimizer_steps: moments.steps };
+fn write<P: Serialize>(path: &Path, progress: &P, parameters: &[f32], moments: &Moments) -> io::Result<()> {
+    let metadata = Metadata { progress, optimizer_steps: moments.steps };
     let metadata = serde_json::to_string(&metadata)?;
     let vectors = [&moments.first, parameters, &moments.second];
     let digest = digest(&metadata, vectors.map(bytemuck::cast_slice));
@@ -127,8 +116,8 @@ fn write(path: &Path, progress: &Progress, parameters: &[f32], moments: &Moments
 /// Reads the checkpoint at `path`; `None` if there is none.
 ///
 /// # Errors
-/// The file system refused, or the file is damaged.
-pub fn load(path: &Path) -> Result<Option<Checkpoint>, CheckpointError> {
+/// The file system refused, or the file is damaged or says of its progress what no `P` is.
+pub fn load<P: DeserializeOwned>(path: &Path) -> Result<Option<Checkpoint<P>>, CheckpointError> {
     let file = match File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -144,7 +133,7 @@ pub fn load(path: &Path) -> Result<Option<Checkpoint>, CheckpointError> {
     parse(&bytes).map(Some).map_err(|reason| CheckpointError::Damaged { path: path.to_owned(), reason })
 }
 
-fn parse(bytes: &[u8]) -> Result<Checkpoint, String> {
+fn parse<P: DeserializeOwned>(bytes: &[u8]) -> Result<Checkpoint<P>, String> {
     let (_, header) = SafeTensors::read_metadata(bytes).map_err(|error| error.to_string())?;
     let entry = |key: &str| {
         let entries = header.metadata().as_ref();
@@ -162,7 +151,7 @@ fn parse(bytes: &[u8]) -> Result<Checkpoint, String> {
     if digest(entry(METADATA)?, vectors).to_string() != *entry(DIGEST)? {
         return Err("its checksum is wrong".to_owned());
     }
-    let metadata: Metadata = serde_json::from_str(entry(METADATA)?).map_err(|error| error.to_string())?;
+    let metadata: Metadata<P> = serde_json::from_str(entry(METADATA)?).map_err(|error| error.to_string())?;
     let [first, parameters, second] = vectors.map(bytemuck::pod_collect_to_vec);
     let moments = Moments { first, second, steps: metadata.optimizer_steps };
     Ok(Checkpoint { progress: metadata.progress, parameters, moments })
@@ -182,21 +171,13 @@ fn digest(metadata: &str, vectors: [&[u8]; 3]) -> Digest {
 mod tests {
     use std::fs;
 
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
 
-    fn example() -> Checkpoint {
-        let progress = Progress {
-            run: "demo".parse().unwrap(),
-            spec: Digest::of(b"spec"),
-            round: 3,
-            steps: 17,
-            cursor: json!({"epoch": 1, "position": 99}),
-            loss_sum: 51.25,
-            tokens: 34_816,
-            seconds: 12.5,
-        };
+    /// Any progress does.
+    fn example() -> Checkpoint<Value> {
+        let progress = json!({"steps": 17, "cursor": {"epoch": 1, "position": 99}});
         let vector = |scale: f32| (0..100).map(|index| index as f32 * scale).collect::<Vec<f32>>();
         let moments = Moments { first: vector(0.1), second: vector(-0.2), steps: 317 };
         Checkpoint { progress, parameters: vector(1.5), moments }
@@ -221,7 +202,7 @@ mod tests {
     #[test]
     fn no_checkpoint_is_none() {
         let folder = tempfile::tempdir().unwrap();
-        assert_eq!(load(&folder.path().join("round.safetensors")).unwrap(), None);
+        assert_eq!(load::<Value>(&folder.path().join("round.safetensors")).unwrap(), None);
     }
 
     #[test]
@@ -240,7 +221,7 @@ mod tests {
         let whole = fs::read(&path).unwrap();
         for length in [0, 1, 8, 100, whole.len() / 2, whole.len() - 1] {
             fs::write(&path, &whole[..length]).unwrap();
-            assert!(matches!(load(&path), Err(CheckpointError::Damaged { .. })), "{length} bytes");
+            assert!(matches!(load::<Value>(&path), Err(CheckpointError::Damaged { .. })), "{length} bytes");
         }
     }
 
@@ -253,12 +234,12 @@ mod tests {
             bytes[position] ^= 1 << (position % 8);
             // Padding and letters' case in the header may change without a change of meaning.
             assert!(
-                parse(&bytes).is_err() || parse(&bytes) == Ok(example()),
+                parse::<Value>(&bytes).is_err() || parse(&bytes) == Ok(example()),
                 "byte {position} of {}",
                 whole.len()
             );
             if position >= whole.len() - 1200 {
-                assert!(parse(&bytes).is_err(), "byte {position} is data");
+                assert!(parse::<Value>(&bytes).is_err(), "byte {position} is data");
             }
         }
     }

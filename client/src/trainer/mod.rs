@@ -29,7 +29,7 @@ pub use self::{
     evaluate::EvaluationSum,
     generate::Sampling,
     optimizer::Moments,
-    step::{StepOutcome, Trainer, memory_bytes_needed},
+    step::{StepOutcome, StepResult, Trainer, memory_bytes_needed},
     worker::{Worker, WorkerError},
 };
 use self::{gpt2::Gpt2, llama::Llama, parameters::Parameters};

@@ -1,7 +1,7 @@
 //! One optimizer step: batch, forward, backward, clip, update. Nothing in it waits for the device.
 
 use consort_common::{model::Architecture, schedule::Schedule, spec::TrainingSpec};
-use tch::{Device, Kind, Reduction, Tensor};
+use tch::{Device, Kind, Reduction, TchError, Tensor};
 
 use super::{
     Model,
@@ -30,19 +30,24 @@ pub struct Trainer {
     /// Tokens that a sequence predicts.
     sequence: usize,
     gradient_clip: f64,
-    totals: Totals,
+    /// What the steps since the last reading came to, each f32 `[2]` on the device: loss and gradient norm.
+    unread: Vec<Tensor>,
 }
 
-/// What the steps since the last reading add up to. The sums are on the device: reading them is the one
-/// time that the host waits for it.
-struct Totals {
-    /// f64 `[2]`: loss over the steps with an update, and the number of those.
-    sums: Tensor,
-    steps: u64,
-    /// The run's cumulative step that was tried last.
-    step: u64,
-    /// Steps without an update, over the trainer's life, as of the last reading.
-    skipped: u64,
+/// What a step came to, as the device found it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepResult {
+    /// Nats per token.
+    pub loss: f32,
+    /// L2 norm of the gradient before clipping.
+    pub gradient_norm: f32,
+}
+
+impl StepResult {
+    /// Whether parameters and moments were updated: not where a number was not finite.
+    pub fn is_update(&self) -> bool {
+        (self.loss + self.gradient_norm).is_finite()
+    }
 }
 
 /// What is known of a step before the device has made it.
@@ -82,7 +87,6 @@ impl Trainer {
         }
         let (model, parameters) = Model::new(architecture, device)?;
         let optimizer = Optimizer::new(&training.optimizer, &parameters, device)?;
-        let sums = Tensor::f_zeros([2], (Kind::Double, device)).doing("allocating the loss")?;
         Ok(Self {
             model,
             device,
@@ -96,7 +100,7 @@ impl Trainer {
             batch,
             sequence,
             gradient_clip: training.gradient_clip,
-            totals: Totals { sums, steps: 0, step: 0, skipped: 0 },
+            unread: Vec::new(),
         })
     }
 
@@ -190,64 +194,45 @@ impl Trainer {
             loss = loss.f_add(&share.detach()).doing("summing the loss")?;
         }
 
-        let skip = self.clip_gradient(&loss)?;
+        let (norm, skip) = self.clip_gradient(&loss)?;
         let factor = self.schedule.factor(global_step, self.run_steps);
         let learning_rate = self.optimizer.step(factor, &skip)?;
-        self.totals.add(&loss, &skip, global_step).doing("summing the loss")?;
+        self.unread.push(Tensor::f_stack(&[loss, norm], 0).doing("keeping the loss")?);
         Ok(StepOutcome { tokens: (self.batch * self.sequence) as u64, learning_rate })
     }
 
-    /// Scales the gradient to at most the L2 norm that the settings give. Returns 1 where the update must be
-    /// skipped because loss or gradient are not finite, else 0, as a float scalar on the device.
-    fn clip_gradient(&mut self, loss: &Tensor) -> Result<Tensor, TrainerError> {
-        let mut clip = || {
+    /// Scales the gradient to at most the L2 norm that the settings give. Returns the norm that it had, and 1
+    /// where the update must be skipped because loss or gradient are not finite, else 0: float scalars on the
+    /// device.
+    fn clip_gradient(&mut self, loss: &Tensor) -> Result<(Tensor, Tensor), TrainerError> {
+        let mut clip = || -> Result<_, TchError> {
             let norm = self.parameters.gradients.f_norm()?;
             if self.gradient_clip > 0.0 {
                 // 1e-6 as in PyTorch's clip_grad_norm_: no division by zero, and equal results.
                 let scale = norm.f_add_scalar(1e-6)?.f_reciprocal()?.f_mul_scalar(self.gradient_clip)?;
                 let _ = self.parameters.gradients.f_mul_(&scale.f_clamp_max(1.0)?)?;
             }
-            norm.f_add(loss)?.f_isfinite()?.f_logical_not()?.f_to_kind(Kind::Float)
+            let skip = norm.f_add(loss)?.f_isfinite()?.f_logical_not()?.f_to_kind(Kind::Float)?;
+            Ok((norm, skip))
         };
         clip().doing("clipping the gradient")
     }
 
-    /// The mean loss, in nats per token, over the steps since the last call; `None` if there were none. The
-    /// one call of the training loop that waits for the device.
+    /// What the steps since the last call came to, in order. The one call of the training loop that waits for
+    /// the device; to be made now and then, since the results wait there.
     ///
     /// # Errors
-    /// [`TrainerError::Diverged`] if not one of these steps made an update.
-    pub fn take_loss(&mut self) -> Result<Option<f64>, TrainerError> {
-        let totals = &mut self.totals;
-        let steps = std::mem::take(&mut totals.steps);
-        if steps == 0 {
-            return Ok(None);
+    /// libtorch failed.
+    pub fn take_results(&mut self) -> Result<Vec<StepResult>, TrainerError> {
+        let unread = std::mem::take(&mut self.unread);
+        if unread.is_empty() {
+            return Ok(Vec::new());
         }
-        let mut sums = [0.0_f64; 2];
-        totals.sums.f_copy_data(&mut sums, 2).doing("reading the loss")?;
-        let _ = totals.sums.f_zero_().doing("reading the loss")?;
-        let [loss, updates] = sums;
-        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-        let skipped = steps.saturating_sub(updates as u64);
-        totals.skipped += skipped;
-        if skipped == steps {
-            return Err(TrainerError::Diverged { step: totals.step, steps });
-        }
-        if skipped > 0 {
-            tracing::warn!(
-                skipped,
-                steps,
-                up_to_step = totals.step,
-                "skipped steps whose loss or gradient was not finite"
-            );
-        }
-        Ok(Some(loss / updates))
-    }
-
-    /// Steps that made no update because their loss or gradient was not finite, over the trainer's life, as
-    /// of the last [`Trainer::take_loss`].
-    pub fn skipped_steps(&self) -> u64 {
-        self.totals.skipped
+        let mut values = vec![0.0_f32; 2 * unread.len()];
+        let results = Tensor::f_stack(&unread, 0).doing("reading the loss")?;
+        copy_out(&results, &mut values, "reading the loss")?;
+        let result = |pair: &[f32]| StepResult { loss: pair[0], gradient_norm: pair[1] };
+        Ok(values.chunks_exact(2).map(result).collect())
     }
 
     /// An index outside the embedding would, on a GPU, stop the whole device.
@@ -265,17 +250,6 @@ impl Trainer {
         let mut flat = vec![0.0; self.parameters.gradients.numel()];
         copy_out(&self.parameters.gradients, &mut flat, "reading the gradient").unwrap();
         flat
-    }
-}
-
-impl Totals {
-    fn add(&mut self, loss: &Tensor, skip: &Tensor, step: u64) -> Result<(), tch::TchError> {
-        let updated = skip.f_rsub_scalar(1.0)?;
-        let loss = loss.f_nan_to_num(0.0, 0.0, 0.0)?.f_mul(&updated)?;
-        let _ = self.sums.f_add_(&Tensor::f_stack(&[loss, updated], 0)?)?;
-        self.steps += 1;
-        self.step = step;
-        Ok(())
     }
 }
 

@@ -8,7 +8,7 @@ use consort_common::{
     spec::{OptimizerSpec, TrainingSpec},
 };
 
-use super::{Device, DeviceChoice, EvaluationSum, Sampling, Trainer, TrainerError, set_threads};
+use super::{Device, DeviceChoice, EvaluationSum, Sampling, StepResult, Trainer, TrainerError, set_threads};
 
 const VOCABULARY: usize = 50;
 const RUN_STEPS: u64 = 100;
@@ -63,6 +63,14 @@ fn trainer(architecture: &Architecture, training: &TrainingSpec) -> Trainer {
     trainer
 }
 
+/// Mean loss of the updates since the last reading.
+fn take_loss(trainer: &mut Trainer) -> f64 {
+    let results = trainer.take_results().unwrap();
+    let losses: Vec<f64> =
+        results.iter().filter(|result| result.is_update()).map(|result| f64::from(result.loss)).collect();
+    losses.iter().sum::<f64>() / losses.len() as f64
+}
+
 /// A batch for `training()`, different for each `seed`.
 fn batch(seed: i64) -> Vec<i64> {
     (0..4 * 9).map(|index| (index * index * 7 + index * 3 + seed * 11) % VOCABULARY as i64).collect()
@@ -98,9 +106,9 @@ fn the_untrained_model_knows_nothing() {
     for architecture in [llama(), gpt2()] {
         let mut trainer = trainer(&architecture, &training());
         trainer.step(&batch(1), 0, &go_on).unwrap();
-        let loss = trainer.take_loss().unwrap().unwrap();
+        let loss = take_loss(&mut trainer);
         assert!((loss - (VOCABULARY as f64).ln()).abs() < 0.05, "{}: {loss}", architecture.name());
-        assert_eq!(trainer.take_loss().unwrap(), None, "no step since");
+        assert_eq!(trainer.take_results().unwrap(), [], "no step since");
     }
 }
 
@@ -118,10 +126,10 @@ fn a_tiny_batch_is_learnt_by_heart() {
         for step in 0..100 {
             trainer.step(&batch(1), step, &go_on).unwrap();
             if step == 89 {
-                trainer.take_loss().unwrap();
+                take_loss(&mut trainer);
             }
         }
-        let loss = trainer.take_loss().unwrap().unwrap();
+        let loss = take_loss(&mut trainer);
         assert!(loss < 0.1, "{}: {loss}", architecture.name());
     }
 }
@@ -172,7 +180,7 @@ fn micro_batches_make_the_same_step_as_the_whole_batch() {
             trainer.step(&batch(1), 0, &go_on).unwrap();
         }
         assert!(largest_difference(&whole.gradient(), &parts.gradient()) < 1e-5);
-        let losses = [&mut whole, &mut parts].map(|trainer| trainer.take_loss().unwrap().unwrap());
+        let losses = [&mut whole, &mut parts].map(take_loss);
         assert!((losses[0] - losses[1]).abs() < 1e-5, "{losses:?}");
     }
 }
@@ -228,16 +236,18 @@ fn clipping_scales_the_gradient_to_the_norm_and_keeps_its_direction() {
     let gradient = |gradient_clip| {
         let mut trainer = trainer(&llama(), &TrainingSpec { gradient_clip, ..training() });
         trainer.step(&batch(1), 0, &go_on).unwrap();
-        trainer.gradient()
+        (trainer.gradient(), f64::from(trainer.take_results().unwrap()[0].gradient_norm))
     };
     let norm = |gradient: &[f32]| gradient.iter().map(|slope| f64::from(*slope).powi(2)).sum::<f64>().sqrt();
-    let free = gradient(0.0);
+    let (free, reported) = gradient(0.0);
+    assert!((norm(&free) / reported - 1.0).abs() < 1e-5);
     let limit = norm(&free) / 3.0;
-    let clipped = gradient(limit);
+    let (clipped, reported) = gradient(limit);
+    assert!((norm(&free) / reported - 1.0).abs() < 1e-5, "the norm is that before clipping");
     assert!((norm(&clipped) / limit - 1.0).abs() < 1e-4);
     let thrice: Vec<f32> = clipped.iter().map(|slope| 3.0 * slope).collect();
     assert!(largest_difference(&thrice, &free) < 1e-5);
-    assert_eq!(bits(&gradient(10.0 * limit)), bits(&free), "a gradient below the limit is left alone");
+    assert_eq!(bits(&gradient(10.0 * limit).0), bits(&free), "a gradient below the limit is left alone");
 }
 
 #[test]
@@ -294,7 +304,7 @@ fn a_cancelled_step_leaves_no_trace() {
     }
     trainer.step(&batch(2), 1, &go_on).unwrap();
     assert_eq!(bits(&trainer.parameters().unwrap()), bits(&undisturbed.parameters().unwrap()));
-    assert_eq!(trainer.take_loss().unwrap(), undisturbed.take_loss().unwrap());
+    assert_eq!(trainer.take_results().unwrap(), undisturbed.take_results().unwrap());
 }
 
 #[test]
@@ -309,8 +319,8 @@ fn weights_that_are_not_numbers_stop_every_update_and_are_reported() {
         for step in 40..43 {
             trainer.step(&tokens, step, &go_on).unwrap();
         }
-        let error = trainer.take_loss().unwrap_err();
-        assert!(matches!(error, TrainerError::Diverged { step: 42, steps: 3 }), "{error}");
+        let updates: Vec<bool> = trainer.take_results().unwrap().iter().map(StepResult::is_update).collect();
+        assert_eq!(updates, [false; 3]);
         assert_eq!(bits(&trainer.parameters().unwrap()), bits(&parameters));
         let moments = trainer.moments().unwrap();
         assert!(
@@ -327,9 +337,11 @@ fn one_bad_step_among_good_ones_is_skipped_and_counted() {
     trainer.step(&batch(1), 0, &go_on).unwrap();
     trainer.load(&good).unwrap();
     trainer.step(&batch(1), 1, &go_on).unwrap();
-    let loss = trainer.take_loss().unwrap().unwrap();
-    assert!((loss - (VOCABULARY as f64).ln()).abs() < 0.05, "the mean is over the good step: {loss}");
-    assert_eq!((trainer.skipped_steps(), trainer.moments().unwrap().steps), (1, 1));
+    let results = trainer.take_results().unwrap();
+    assert_eq!(results.iter().map(StepResult::is_update).collect::<Vec<_>>(), [false, true]);
+    let loss = f64::from(results[1].loss);
+    assert!((loss - (VOCABULARY as f64).ln()).abs() < 0.05, "{loss}");
+    assert_eq!(trainer.moments().unwrap().steps, 1);
 }
 
 #[test]
@@ -489,7 +501,7 @@ fn what_does_not_fit_the_model_is_refused_in_words() {
     check(trainer.evaluate([vec![1]], &go_on).unwrap_err(), "0 tokens");
     check(trainer.evaluate([vec![1; 18]], &go_on).unwrap_err(), "17 tokens");
     assert_eq!(trainer.parameters().unwrap(), before);
-    assert_eq!(trainer.take_loss().unwrap(), None, "no step was made");
+    assert_eq!(trainer.take_results().unwrap(), [], "no step was made");
 }
 
 #[test]
