@@ -54,9 +54,8 @@ pub(super) fn select(draw: Draw, candidates: &BTreeMap<SiteName, u64>, count: us
     }
     let mut generator = draw.generator(candidates);
     match draw.sampling {
-        Sampling::Uniform => {
-            sites.partial_shuffle(&mut generator, count);
-        }
+        // The chosen ones come to the slice's end.
+        Sampling::Uniform => sites = sites.partial_shuffle(&mut generator, count).0.to_vec(),
         Sampling::Tokens => {
             let times: BTreeMap<SiteName, f64> = candidates
                 .iter()
