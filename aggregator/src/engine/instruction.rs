@@ -104,7 +104,9 @@ impl Run {
                 evaluate_base: plan.evaluates(training.round.saturating_sub(1)),
             },
             Some(Standing::Delivered(_)) => {
-                let others = words::count(training.working().count(), "other site", "other sites");
+                let awaited = plan.awaited(training.selected(), training.wanted);
+                let others = awaited.saturating_sub(training.contributions().count());
+                let others = words::count(others, "other site", "other sites");
                 idle(format!("delta accepted; waiting for {others}"))
             }
             None => idle(format!("not selected for round {}", training.round)),

@@ -28,6 +28,8 @@
 //!   those that were not tried in this round first. A replaced site goes on training, and its delta counts
 //!   if it arrives while the round lasts. While the round has fewer sites than it wants, each site that
 //!   becomes ready joins it.
+//! - With over-selection a round puts more sites to work than it waits for and ends with the first deltas;
+//!   those that come later are late.
 //! - Deltas are taken while the run is paused too (what was trained is not wasted), but the round does not
 //!   end before the run goes on.
 //!

@@ -86,8 +86,14 @@ impl Plan {
         self.spec.participation.sampling
     }
 
-    /// Sites that a round selects out of `ready`: all, or so many per round (and at least the quorum).
-    pub fn sites_to_select(&self, ready: usize) -> usize {
+    /// Sites that a round selects beyond those that it waits for.
+    pub fn over_selection(&self) -> usize {
+        self.spec.participation.over_selection as usize
+    }
+
+    /// Deltas that a round waits for, with so many sites `ready`: of all, or so many per round (and at least
+    /// the quorum).
+    pub fn sites_wanted(&self, ready: usize) -> usize {
         let participation = &self.spec.participation;
         match participation.clients_per_round {
             0 => ready,
@@ -95,12 +101,18 @@ impl Plan {
         }
     }
 
+    /// Deltas that are waited for of the `selected` sites of an attempt, where the round wants so many: all
+    /// but those that were selected beyond need.
+    pub fn awaited(&self, selected: usize, wanted: usize) -> usize {
+        if self.over_selection() == 0 { selected } else { selected.min(wanted) }
+    }
+
     /// Deltas without which a round is not committed. Where the specification leaves the quorum open, it
-    /// is all of the `selected` sites of the attempt. An attempt may select fewer than the `wanted` sites
-    /// of the first, because sites are gone, but the quorum stays at least the minimum of clients.
+    /// is all that are awaited of the `selected` sites of the attempt. An attempt may select fewer than are
+    /// `wanted`, because sites are gone, but the quorum stays at least the minimum of clients.
     pub fn quorum(&self, selected: usize, wanted: usize) -> usize {
         match self.spec.participation.quorum {
-            0 => selected.max(self.minimum_clients().min(wanted)),
+            0 => self.awaited(selected, wanted).max(self.minimum_clients().min(wanted)),
             quorum => quorum as usize,
         }
     }

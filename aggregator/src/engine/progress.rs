@@ -58,14 +58,15 @@ impl Turn<'_> {
         }
         let round = self.run.state.version.saturating_add(1);
         let draw = Draw::new(self.plan, round, 1);
-        let chosen = select(draw, ready, self.plan.sites_to_select(ready.len()));
+        let wanted = self.plan.sites_wanted(ready.len());
+        let chosen = select(draw, ready, wanted.saturating_add(self.plan.over_selection()));
         self.say(format!("round {round} began with {}", words::names(&chosen)));
         self.run.state.phase = Phase::Training(Training {
             round,
             attempt: 1,
             started_ms: self.now,
             deadline_ms: self.plan.deadline_ms().map(|ms| self.now.saturating_add(ms)),
-            wanted: chosen.len(),
+            wanted,
             sites: chosen.into_iter().map(|site| (site, Standing::Working)).collect(),
         });
         true
@@ -77,7 +78,9 @@ impl Turn<'_> {
         let delivered = training.contributions().count();
         let quorum = self.plan.quorum(training.selected(), training.wanted);
         let all_in = training.working().next().is_none();
-        if delivered >= quorum && (all_in || overdue) {
+        // Those beyond need are not waited for.
+        let enough = self.plan.over_selection() > 0 && delivered >= training.wanted;
+        if delivered >= quorum && (all_in || enough || overdue) {
             self.end_training();
             return true;
         }
@@ -112,7 +115,7 @@ impl Turn<'_> {
     /// Puts ready sites to work in the places that are free: those not tried in this round first.
     fn fill_places(&mut self, is_new_attempt: bool) {
         let Phase::Training(training) = &mut self.run.state.phase else { return };
-        let places = training.wanted.saturating_sub(training.selected());
+        let places = (training.wanted + self.plan.over_selection()).saturating_sub(training.selected());
         if places == 0 {
             return;
         }

@@ -99,7 +99,8 @@ pub struct Training {
     pub started_ms: UnixMs,
     /// When this attempt ends; none: when all at work have delivered.
     pub deadline_ms: Option<UnixMs>,
-    /// Sites that the first attempt selected.
+    /// Deltas that the round waits for: of the sites that the first attempt selected, but for those beyond
+    /// need.
     pub wanted: usize,
     /// Every site that was selected in any attempt.
     pub sites: BTreeMap<SiteName, Standing>,
@@ -117,6 +118,11 @@ impl Training {
             Standing::Delivered(contribution) => Some(contribution),
             Standing::Working | Standing::Replaced => None,
         })
+    }
+
+    /// Deltas with which the round is complete.
+    pub fn goal(&self, plan: &Plan) -> usize {
+        self.wanted.max(plan.awaited(self.selected(), self.wanted))
     }
 
     /// Sites at work and deltas accepted: what the attempt has selected.
@@ -209,9 +215,14 @@ impl State {
     }
 
     /// Whose deltas the round in progress averages, and their shares, in canonical order: while sites train,
-    /// if all deliver that are waited for and no other.
+    /// if all deliver that are waited for and no other; nothing while nobody can tell whose they will be.
     pub fn expected(&self, plan: &Plan) -> Vec<(SiteName, f64)> {
         let (sites, tokens): (Vec<_>, Vec<_>) = match &self.phase {
+            Phase::Training(training)
+                if training.selected() > plan.awaited(training.selected(), training.wanted) =>
+            {
+                return Vec::new();
+            }
             Phase::Training(training) => {
                 let assigned = |(site, standing): (&SiteName, &Standing)| match standing {
                     Standing::Working => Some((site.clone(), plan.tokens_per_assignment())),

@@ -207,10 +207,10 @@ impl Turn<'_> {
         let contribution = Contribution { site: site.clone(), assigned_tokens, accepted_ms: self.now, facts };
         let late = *standing == Standing::Replaced;
         *standing = Standing::Delivered(contribution.clone());
-        let (count, wanted) = (training.contributions().count(), training.wanted.max(training.selected()));
+        let (count, goal) = (training.contributions().count(), training.goal(self.plan));
         self.effects.push(Effect::RecordContribution { round, contribution });
         let late = if late { " late" } else { "" };
-        self.say(format!("{site} delivered{late} for round {round} ({count} of {wanted})"));
+        self.say(format!("{site} delivered{late} for round {round} ({count} of {goal})"));
         Ok(())
     }
 

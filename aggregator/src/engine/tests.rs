@@ -1,5 +1,6 @@
 //! Each rule of the engine as a sentence. [`World`] is one run with a clock that tests move by hand.
 
+mod pace;
 mod selection;
 
 use consort_common::{

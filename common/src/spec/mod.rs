@@ -254,6 +254,9 @@ pub struct ParticipationSpec {
     pub clients_per_round: u32,
     /// How they are drawn out of those that are ready.
     pub sampling: Sampling,
+    /// Sites selected beyond `clients_per_round`: the round ends with the first `clients_per_round` deltas
+    /// (Bonawitz et al., arXiv 1902.01046, section 3.2, select 130 % of what they need).
+    pub over_selection: u32,
     /// Deltas without which no round is committed; 0: as many as were selected.
     pub quorum: u32,
     /// Seconds until a round ends with its quorum, or selects anew without it; 0: no deadline.
@@ -266,6 +269,7 @@ impl Default for ParticipationSpec {
             minimum_clients: 1,
             clients_per_round: 0,
             sampling: Sampling::Uniform,
+            over_selection: 0,
             quorum: 0,
             deadline_seconds: 0,
         }

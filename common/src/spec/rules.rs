@@ -250,8 +250,14 @@ fn outer(rules: &mut Rules<'_>, optimizer: &OuterOptimizer) {
 }
 
 fn participation(rules: &mut Rules<'_>, participation: &ParticipationSpec) {
-    let ParticipationSpec { minimum_clients, clients_per_round, sampling, quorum, deadline_seconds } =
-        *participation;
+    let ParticipationSpec {
+        minimum_clients,
+        clients_per_round,
+        sampling,
+        over_selection,
+        quorum,
+        deadline_seconds,
+    } = *participation;
     rules.check(&["participation.minimum_clients"], (1..=CLIENTS_MAX).contains(&minimum_clients), || {
         format!("is {minimum_clients}; allowed: 1 to {CLIENTS_MAX}")
     });
@@ -263,6 +269,12 @@ fn participation(rules: &mut Rules<'_>, participation: &ParticipationSpec) {
         "is \"tokens\", but with participation.clients_per_round = 0 all sites take part and none are drawn; \
          allowed then: \"uniform\""
             .to_owned()
+    });
+    let paths = ["participation.over_selection", "participation.clients_per_round"];
+    let room = if clients_per_round == 0 { 0 } else { CLIENTS_MAX.saturating_sub(clients_per_round) };
+    rules.check(&paths, over_selection <= room, || match clients_per_round {
+        0 => format!("is {over_selection}, but with participation.clients_per_round = 0 all sites are selected; allowed then: 0"),
+        _ => format!("is {over_selection}; allowed: 0 to {room}, for {CLIENTS_MAX} sites in all"),
     });
     let selected = clients_per_round == 0 || quorum <= clients_per_round;
     rules.check(&["participation.quorum", "participation.clients_per_round"], selected, || {

@@ -79,6 +79,7 @@ fn check_tally(tally: &Tally, schedules: u64) {
         ("duplicates", tally.duplicates),
         ("conflicts", tally.conflicts),
         ("late", tally.late),
+        ("spared", tally.spared),
         ("failed reductions", tally.failed_reductions),
     ] {
         assert!(count > schedules / 50, "{what}: {count}");
@@ -124,6 +125,8 @@ fn random_plan(specification: &RunSpec, sites: u32, dice: &mut ChaCha8Rng) -> (P
     participation.minimum_clients = dice.random_range(0..=most);
     participation.clients_per_round = if dice.random() { 0 } else { dice.random_range(1..=sites) };
     participation.sampling = if dice.random() { Sampling::Tokens } else { Sampling::Uniform };
+    let may_over_select = participation.clients_per_round > 0 && dice.random_ratio(1, 3);
+    participation.over_selection = if may_over_select { dice.random_range(1..=3) } else { 0 };
     participation.quorum = if dice.random() { 0 } else { dice.random_range(1..=most) };
     participation.deadline_seconds = if dice.random_ratio(2, 3) { dice.random_range(1..=100) } else { 0 };
     let terms = Terms {
@@ -132,6 +135,8 @@ fn random_plan(specification: &RunSpec, sites: u32, dice: &mut ChaCha8Rng) -> (P
         quorum: spec.participation.quorum as usize,
         has_deadline: spec.participation.deadline_seconds > 0,
         weighting: spec.outer.weighting,
+        per_round: spec.participation.clients_per_round as usize,
+        over_selection: spec.participation.over_selection as usize,
     };
     (Plan::new(&spec), terms)
 }

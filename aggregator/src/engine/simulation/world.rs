@@ -21,6 +21,8 @@ pub(super) struct Tally {
     pub duplicates: u64,
     pub conflicts: u64,
     pub late: u64,
+    /// Rounds that ended without some of the sites that were selected beyond need.
+    pub spared: u64,
     pub rejections: u64,
     pub crashes: u64,
     pub failed_reductions: u64,
@@ -39,6 +41,7 @@ impl Tally {
             duplicates: self.duplicates + other.duplicates,
             conflicts: self.conflicts + other.conflicts,
             late: self.late + other.late,
+            spared: self.spared + other.spared,
             rejections: self.rejections + other.rejections,
             crashes: self.crashes + other.crashes,
             failed_reductions: self.failed_reductions + other.failed_reductions,
@@ -55,6 +58,8 @@ pub(super) struct Terms {
     pub quorum: usize,
     pub has_deadline: bool,
     pub weighting: Weighting,
+    pub per_round: usize,
+    pub over_selection: usize,
 }
 
 pub(super) struct World {
@@ -305,6 +310,14 @@ impl World {
             if !matches!(&before.phase, Phase::Training(_)) {
                 assert_eq!(training.round, before.version.max(after.version) + 1);
                 assert!(training.wanted >= self.terms.quorum.max(1));
+                let ready = self.run.ready().len();
+                let most = if self.terms.per_round == 0 {
+                    ready
+                } else {
+                    self.terms.per_round.max(self.terms.quorum)
+                };
+                assert_eq!(training.wanted, ready.min(most));
+                assert_eq!(training.sites.len(), ready.min(training.wanted + self.terms.over_selection));
                 self.was_disturbed = false;
             } else if let (Event::SiteReady { .. }, Phase::Training(before)) = (event, &before.phase) {
                 let has_joined =
@@ -318,7 +331,7 @@ impl World {
 
     /// A round ends with all that was accepted for it, never without its quorum, and where nothing went
     /// wrong with all that were selected.
-    fn check_round_end(&self, training: &Training, reducing: &Reducing) {
+    fn check_round_end(&mut self, training: &Training, reducing: &Reducing) {
         let mut accepted: BTreeSet<&SiteName> =
             self.contributions_of(training.round).map(|one| &one.site).collect();
         // The event's own contribution is recorded right after this check.
@@ -331,7 +344,9 @@ impl World {
         };
         assert!(reduced.len() >= least, "round {} ends with {} of {least}", training.round, reduced.len());
         if !self.was_disturbed {
-            assert_eq!(reduced.len(), training.sites.len(), "no site is left out without cause");
+            let awaited = if self.terms.over_selection > 0 { training.wanted } else { training.sites.len() };
+            assert_eq!(reduced.len(), awaited, "no site is left out without cause");
+            self.tally.spared += u64::from(training.sites.len() > awaited);
         }
     }
 

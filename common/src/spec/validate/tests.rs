@@ -212,6 +212,17 @@ fn keys_that_must_fit_each_other_are_checked_together() {
         "participation = { clients_per_round = 3, sampling = \"size\" }",
         &[r#"participation.sampling is "size"; allowed: "uniform", "tokens""#],
     );
+    check("participation = { clients_per_round = 3, over_selection = 1 }", &[]);
+    check(
+        "participation.over_selection = 1",
+        &[
+            "participation.over_selection is 1, but with participation.clients_per_round = 0 all sites are selected; allowed then: 0",
+        ],
+    );
+    check(
+        "participation = { clients_per_round = 4000, over_selection = 97 }",
+        &["participation.over_selection is 97; allowed: 0 to 96, for 4096 sites in all"],
+    );
     check("evaluation = { every_rounds = 0, held_out_fraction = 0.0, tokens_max = 0 }", &[]);
     check(
         "evaluation.held_out_fraction = 0.0",
