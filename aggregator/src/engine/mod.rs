@@ -28,6 +28,7 @@
 //!   those that were not tried in this round first. A replaced site goes on training, and its delta counts
 //!   if it arrives while the round lasts. While the round has fewer sites than it wants, each site that
 //!   becomes ready joins it.
+//! - Deadlines may follow the sites' [`Pace`] in earlier rounds, which is stored with the run.
 //! - With over-selection a round puts more sites to work than it waits for and ends with the first deltas;
 //!   those that come later are late.
 //! - Deltas are taken while the run is paused too (what was trained is not wasted), but the round does not
@@ -42,6 +43,7 @@
 mod effect;
 mod event;
 mod instruction;
+mod pace;
 mod participation;
 mod plan;
 mod progress;
@@ -62,8 +64,9 @@ pub use self::{
     effect::{Effect, RoundRecord, Weighted},
     event::{ContributionFacts, Evaluation, Event, ReducedFacts, Rejection},
     instruction::{Instruction, Participation},
+    pace::Pace,
     plan::Plan,
-    state::{Contribution, Evaluating, Phase, Reducing, RunStatus, Standing, State, Training},
+    state::{Assignment, Contribution, Evaluating, Phase, Reducing, RunStatus, Standing, State, Training},
 };
 
 /// How long deadlines wait for sites to come back after the aggregator's restart, in milliseconds.
@@ -99,7 +102,8 @@ impl Run {
 
     /// A run as it was stored; nobody is connected. Perform [`Run::resume_effects`] next.
     pub fn restore(plan: &Plan, state: State, now: UnixMs) -> Self {
-        let patience_ms = plan.deadline_ms().map_or(RECONNECT_MS_MAX, |ms| ms.min(RECONNECT_MS_MAX));
+        let patience_ms =
+            plan.deadline_ms(&state.pace).map_or(RECONNECT_MS_MAX, |ms| ms.min(RECONNECT_MS_MAX));
         let roster = Roster { ready: BTreeMap::new(), patient_until_ms: now.saturating_add(patience_ms) };
         Self { state, roster }
     }

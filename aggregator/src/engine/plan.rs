@@ -2,6 +2,8 @@
 
 use consort_common::spec::{RunSpec, Sampling, Weighting};
 
+use super::Pace;
+
 /// How long the sites have to report their held-out loss of the last version, in milliseconds.
 pub const EVALUATION_DEADLINE_MS: u64 = 10 * 60 * 1000;
 
@@ -48,12 +50,22 @@ impl Plan {
         self.spec.outer.weighting
     }
 
-    /// Milliseconds that an attempt at a round may last; none: as long as it takes.
-    pub fn deadline_ms(&self) -> Option<u64> {
-        match self.spec.participation.deadline_seconds {
-            0 => None,
-            seconds => Some(seconds.saturating_mul(1000)),
-        }
+    /// Milliseconds that an attempt at a round may last, where the sites had this pace; none: as long as it
+    /// takes.
+    pub fn deadline_ms(&self, pace: &Pace) -> Option<u64> {
+        let participation = &self.spec.participation;
+        let milliseconds = |seconds: u64| seconds.saturating_mul(1000);
+        let fixed_ms = Some(participation.deadline_seconds).filter(|seconds| *seconds > 0).map(milliseconds);
+        let adaptive_ms = participation.adaptive_deadline.as_ref().and_then(|adaptive| {
+            let usual_ms = pace.usual_ms(adaptive.deviations)?;
+            Some(usual_ms.max(milliseconds(adaptive.minimum_seconds.max(1))))
+        });
+        [fixed_ms, adaptive_ms].into_iter().flatten().min()
+    }
+
+    /// Whether deadlines follow the sites' pace.
+    pub fn has_adaptive_deadline(&self) -> bool {
+        self.spec.participation.adaptive_deadline.is_some()
     }
 
     /// Milliseconds that the evaluation of the last version may last.

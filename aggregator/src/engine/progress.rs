@@ -5,10 +5,10 @@ use std::{
     mem,
 };
 
-use consort_common::ids::SiteName;
+use consort_common::{ids::SiteName, units::UnixMs};
 
 use super::{
-    Contribution, Evaluating, Phase, Reducing, Run, RunStatus, Standing, Training,
+    Assignment, Contribution, Evaluating, Phase, Reducing, Run, RunStatus, Standing, Training,
     participation::{Draw, select},
     step::Turn,
     words,
@@ -65,15 +65,18 @@ impl Turn<'_> {
             round,
             attempt: 1,
             started_ms: self.now,
-            deadline_ms: self.plan.deadline_ms().map(|ms| self.now.saturating_add(ms)),
+            deadline_ms: self.deadline_from_now(),
             wanted,
-            sites: chosen.into_iter().map(|site| (site, Standing::Working)).collect(),
+            sites: BTreeMap::new(),
+            assignments: BTreeMap::new(),
         });
+        self.put_to_work(chosen);
         true
     }
 
     fn try_end_training(&mut self) -> bool {
         let overdue = self.run.deadline_ms().is_some_and(|deadline_ms| deadline_ms <= self.now);
+        let deadline_ms = self.deadline_from_now();
         let Phase::Training(training) = &mut self.run.state.phase else { return false };
         let delivered = training.contributions().count();
         let quorum = self.plan.quorum(training.selected(), training.wanted);
@@ -85,7 +88,7 @@ impl Turn<'_> {
             return true;
         }
         if overdue {
-            training.deadline_ms = self.plan.deadline_ms().map(|ms| self.now.saturating_add(ms));
+            training.deadline_ms = deadline_ms;
             self.changed = true;
             self.replace(|_, _| true);
             return true;
@@ -134,13 +137,31 @@ impl Turn<'_> {
         let draw = Draw::new(self.plan, training.round, training.attempt);
         let mut chosen = select(draw, &fresh, places);
         chosen.extend(select(draw, &tried, places - chosen.len()));
-        training.sites.extend(chosen.iter().map(|site| (site.clone(), Standing::Working)));
         let (round, attempt) = (training.round, training.attempt);
         self.say(format!("round {round}, attempt {attempt}: {} to train", words::names(&chosen)));
+        self.put_to_work(chosen);
+    }
+
+    /// A site that was tried before goes on with what it was put to work on then.
+    fn put_to_work(&mut self, chosen: Vec<SiteName>) {
+        let Phase::Training(training) = &mut self.run.state.phase else { return };
+        for site in chosen {
+            let assignment = Assignment { began_ms: Some(self.now) };
+            training.assignments.entry(site.clone()).or_insert(assignment);
+            training.sites.insert(site, Standing::Working);
+        }
+    }
+
+    /// When an attempt that begins now ends, if it does.
+    pub(super) fn deadline_from_now(&self) -> Option<UnixMs> {
+        self.plan.deadline_ms(&self.run.state.pace).map(|ms| self.now.saturating_add(ms))
     }
 
     fn end_training(&mut self) {
         let Phase::Training(training) = &mut self.run.state.phase else { return };
+        if self.plan.has_adaptive_deadline() {
+            self.run.state.pace.record_durations(training, self.now);
+        }
         // A BTreeMap by site name: the canonical order.
         let contributions: Vec<Contribution> = mem::take(&mut training.sites)
             .into_values()

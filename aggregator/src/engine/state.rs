@@ -8,7 +8,7 @@ use std::{
 use consort_common::{ids::SiteName, units::UnixMs};
 use serde::{Deserialize, Serialize};
 
-use super::{Effect, Plan, event::ContributionFacts, participation};
+use super::{Effect, Pace, Plan, event::ContributionFacts, participation};
 
 /// Versions, newest first, whose evaluations are still taken. Sites measure a version while it is the
 /// newest, or at most a round later; remembering who reported each version ever would make the state grow.
@@ -32,6 +32,9 @@ pub struct State {
     pub evaluated: BTreeMap<u32, BTreeSet<SiteName>>,
     /// Committed versions to be published and not known to be; at most [`UNPUBLISHED_VERSIONS_MAX`].
     pub unpublished: BTreeSet<u32>,
+    /// The sites' pace in earlier rounds.
+    #[serde(default)]
+    pub pace: Pace,
 }
 
 /// Whether a run is to make progress.
@@ -104,6 +107,16 @@ pub struct Training {
     pub wanted: usize,
     /// Every site that was selected in any attempt.
     pub sites: BTreeMap<SiteName, Standing>,
+    /// What each of them was put to work on: once per round, since in each attempt it is the same task.
+    #[serde(default)]
+    pub assignments: BTreeMap<SiteName, Assignment>,
+}
+
+/// What a site was put to work on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Assignment {
+    /// When; none: unknown, or the run was paused since, so that the time it takes says nothing.
+    pub began_ms: Option<UnixMs>,
 }
 
 impl Training {
@@ -201,6 +214,7 @@ impl State {
             phase: Phase::Waiting,
             evaluated: BTreeMap::new(),
             unpublished: BTreeSet::new(),
+            pace: Pace::default(),
         }
     }
 

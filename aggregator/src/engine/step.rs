@@ -118,6 +118,7 @@ impl Turn<'_> {
 
     /// Deadlines begin anew, since the sites were idle; sites that are gone lose their place.
     fn resume(&mut self) -> Result<(), Rejection> {
+        let deadline_ms = self.deadline_from_now();
         let state = &mut self.run.state;
         if state.status != RunStatus::Paused {
             return Err(Rejection::WrongStatus { action: "resumed", status: state.status.clone() });
@@ -126,7 +127,13 @@ impl Turn<'_> {
         self.say("the run goes on");
         match &mut self.run.state.phase {
             Phase::Training(training) => {
-                training.deadline_ms = self.plan.deadline_ms().map(|ms| self.now.saturating_add(ms));
+                training.deadline_ms = deadline_ms;
+                let undelivered =
+                    |site: &SiteName| !matches!(training.sites.get(site), Some(Standing::Delivered(_)));
+                for (_, assignment) in training.assignments.iter_mut().filter(|(site, _)| undelivered(*site))
+                {
+                    assignment.began_ms = None;
+                }
                 let ready = &self.run.roster.ready;
                 // With nobody connected the aggregator has just restarted, which says nothing about sites.
                 if !ready.is_empty() {

@@ -261,6 +261,9 @@ pub struct ParticipationSpec {
     pub quorum: u32,
     /// Seconds until a round ends with its quorum, or selects anew without it; 0: no deadline.
     pub deadline_seconds: u64,
+    /// A deadline that follows the sites' pace; where both are there, the earlier one holds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adaptive_deadline: Option<AdaptiveDeadline>,
 }
 
 impl Default for ParticipationSpec {
@@ -272,7 +275,25 @@ impl Default for ParticipationSpec {
             over_selection: 0,
             quorum: 0,
             deadline_seconds: 0,
+            adaptive_deadline: None,
         }
+    }
+}
+
+/// A deadline from the time that sites took in earlier rounds: median + deviations x MAD, where MAD is the
+/// median absolute deviation from the median.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdaptiveDeadline {
+    /// How many MADs beyond the median; for normally distributed times 1.48 MADs are a standard deviation.
+    pub deviations: f64,
+    /// Seconds that a round may last in any case.
+    pub minimum_seconds: u64,
+}
+
+impl Default for AdaptiveDeadline {
+    fn default() -> Self {
+        Self { deviations: 6.0, minimum_seconds: 60 }
     }
 }
 

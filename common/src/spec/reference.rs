@@ -18,7 +18,7 @@ mod tests {
     use crate::{
         model::{Architecture, Gpt2Config, LlamaConfig},
         schedule::Schedule,
-        spec::{OuterOptimizer, OuterSpec, TokenizerSpec, TrainingSpec},
+        spec::{AdaptiveDeadline, OuterOptimizer, OuterSpec, TokenizerSpec, TrainingSpec},
     };
 
     /// A section as the reference writes it: active, or commented out as an alternative.
@@ -121,6 +121,7 @@ mod tests {
             }),
             with(&|spec| spec.outer.optimizer = OuterOptimizer::FedAvg {}),
             with(&|spec| spec.outer.optimizer = OuterOptimizer::default()),
+            with(&|spec| spec.participation.adaptive_deadline = Some(AdaptiveDeadline::default())),
         ]
     }
 
@@ -171,6 +172,6 @@ mod tests {
                 tried += 1;
             }
         }
-        assert_eq!(tried, 7, "alternatives in the reference");
+        assert_eq!(tried, 8, "alternatives in the reference");
     }
 }

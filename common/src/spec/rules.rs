@@ -1,8 +1,8 @@
 //! What a specification must hold beyond its types: ranges, and keys that must fit each other.
 
 use super::{
-    CheckpointSpec, EvaluationSpec, OptimizerSpec, OuterOptimizer, ParticipationSpec, RunSpec, Sampling,
-    TokenizerSpec, TrainingSpec, validate::Problem,
+    AdaptiveDeadline, CheckpointSpec, EvaluationSpec, OptimizerSpec, OuterOptimizer, ParticipationSpec,
+    RunSpec, Sampling, TokenizerSpec, TrainingSpec, validate::Problem,
 };
 use crate::{
     chunk::{CHUNK_PARAMETERS_MAX, CHUNK_PARAMETERS_MIN},
@@ -25,6 +25,7 @@ pub const CLIENTS_MAX: u32 = 4_096;
 pub const DEADLINE_SECONDS_MAX: u64 = 90 * 24 * 3600;
 /// Most tokens that one site trains in a whole run. Sums over [`CLIENTS_MAX`] sites still fit 64 bits.
 pub const TOKENS_PER_SITE_MAX: u64 = 1_000_000_000_000_000;
+const DEVIATIONS_MAX: f64 = 1000.0;
 const LOCAL_STEPS_MAX: u32 = 1_000_000;
 const BATCH_SIZE_MAX: u32 = 1 << 16;
 const EVALUATION_TOKENS_MAX: u64 = 1_000_000_000_000;
@@ -257,6 +258,7 @@ fn participation(rules: &mut Rules<'_>, participation: &ParticipationSpec) {
         over_selection,
         quorum,
         deadline_seconds,
+        ref adaptive_deadline,
     } = *participation;
     rules.check(&["participation.minimum_clients"], (1..=CLIENTS_MAX).contains(&minimum_clients), || {
         format!("is {minimum_clients}; allowed: 1 to {CLIENTS_MAX}")
@@ -286,6 +288,20 @@ fn participation(rules: &mut Rules<'_>, participation: &ParticipationSpec) {
     rules.check(&["participation.deadline_seconds"], deadline_seconds <= DEADLINE_SECONDS_MAX, || {
         format!("is {deadline_seconds}; allowed: 0 (none) to {DEADLINE_SECONDS_MAX}")
     });
+    if let Some(AdaptiveDeadline { deviations, minimum_seconds }) = *adaptive_deadline {
+        let path = "participation.adaptive_deadline.deviations";
+        let holds = (0.0..=DEVIATIONS_MAX).contains(&deviations);
+        rules.number(path, deviations, holds, "0 to 1000");
+        let path = "participation.adaptive_deadline.minimum_seconds";
+        let (most, named) = match deadline_seconds {
+            0 => (DEADLINE_SECONDS_MAX, String::new()),
+            fixed => (fixed, " = participation.deadline_seconds, beyond which no round lasts".to_owned()),
+        };
+        let holds = (1..=most).contains(&minimum_seconds);
+        rules.check(&[path, "participation.deadline_seconds"], holds, || {
+            format!("is {minimum_seconds}; allowed: 1 to {most}{named}")
+        });
+    }
 }
 
 fn evaluation(rules: &mut Rules<'_>, evaluation: &EvaluationSpec) {

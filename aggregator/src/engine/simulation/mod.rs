@@ -13,7 +13,7 @@ use std::panic::catch_unwind;
 
 use consort_common::{
     ids::{Digest, SiteName},
-    spec::{RunSpec, Sampling, Weighting},
+    spec::{AdaptiveDeadline, RunSpec, Sampling, Weighting},
 };
 use rand::{Rng, SeedableRng, seq::IndexedRandom};
 use rand_chacha::ChaCha8Rng;
@@ -80,6 +80,7 @@ fn check_tally(tally: &Tally, schedules: u64) {
         ("conflicts", tally.conflicts),
         ("late", tally.late),
         ("spared", tally.spared),
+        ("adapted deadlines", tally.adapted),
         ("failed reductions", tally.failed_reductions),
     ] {
         assert!(count > schedules / 50, "{what}: {count}");
@@ -129,11 +130,17 @@ fn random_plan(specification: &RunSpec, sites: u32, dice: &mut ChaCha8Rng) -> (P
     participation.over_selection = if may_over_select { dice.random_range(1..=3) } else { 0 };
     participation.quorum = if dice.random() { 0 } else { dice.random_range(1..=most) };
     participation.deadline_seconds = if dice.random_ratio(2, 3) { dice.random_range(1..=100) } else { 0 };
+    participation.adaptive_deadline = dice.random_ratio(1, 2).then(|| AdaptiveDeadline {
+        deviations: dice.random_range(0.0..4.0),
+        minimum_seconds: dice.random_range(1..=20),
+    });
+    let adaptive = spec.participation.adaptive_deadline.as_ref();
     let terms = Terms {
         rounds: spec.rounds,
         minimum: spec.participation.minimum_clients.max(1) as usize,
         quorum: spec.participation.quorum as usize,
-        has_deadline: spec.participation.deadline_seconds > 0,
+        deadline_ms: spec.participation.deadline_seconds * 1000,
+        adaptive_minimum_ms: adaptive.map_or(0, |adaptive| adaptive.minimum_seconds * 1000),
         weighting: spec.outer.weighting,
         per_round: spec.participation.clients_per_round as usize,
         over_selection: spec.participation.over_selection as usize,
@@ -273,7 +280,7 @@ fn calm(world: &mut World, sites: &[SiteName], dice: &mut ChaCha8Rng) {
                     assert_eq!(world.state().phase, Phase::Waiting, "too few sites for any round");
                     return;
                 }
-                let is_helped = live.len() < sites.len() && !world.terms.has_deadline;
+                let is_helped = live.len() < sites.len() && world.terms.deadline_ms == 0;
                 match world.run.next_timer() {
                     Some(timer_ms) => {
                         world.now = timer_ms;

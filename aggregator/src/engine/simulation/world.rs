@@ -23,6 +23,8 @@ pub(super) struct Tally {
     pub late: u64,
     /// Rounds that ended without some of the sites that were selected beyond need.
     pub spared: u64,
+    /// Rounds that began with a deadline that followed from earlier ones.
+    pub adapted: u64,
     pub rejections: u64,
     pub crashes: u64,
     pub failed_reductions: u64,
@@ -42,6 +44,7 @@ impl Tally {
             conflicts: self.conflicts + other.conflicts,
             late: self.late + other.late,
             spared: self.spared + other.spared,
+            adapted: self.adapted + other.adapted,
             rejections: self.rejections + other.rejections,
             crashes: self.crashes + other.crashes,
             failed_reductions: self.failed_reductions + other.failed_reductions,
@@ -56,7 +59,10 @@ pub(super) struct Terms {
     pub rounds: u32,
     pub minimum: usize,
     pub quorum: usize,
-    pub has_deadline: bool,
+    /// 0: none.
+    pub deadline_ms: u64,
+    /// Of the deadline that follows the sites' pace; 0: there is none.
+    pub adaptive_minimum_ms: u64,
     pub weighting: Weighting,
     pub per_round: usize,
     pub over_selection: usize,
@@ -319,6 +325,7 @@ impl World {
                 assert_eq!(training.wanted, ready.min(most));
                 assert_eq!(training.sites.len(), ready.min(training.wanted + self.terms.over_selection));
                 self.was_disturbed = false;
+                self.tally.adapted += u64::from(self.check_deadline(training.deadline_ms));
             } else if let (Event::SiteReady { .. }, Phase::Training(before)) = (event, &before.phase) {
                 let has_joined =
                     training.attempt == before.attempt && training.selected() > before.selected();
@@ -327,6 +334,24 @@ impl World {
             let round = training.round;
             self.assigned.extend(training.sites.keys().map(|site| (round, site.clone())));
         }
+    }
+
+    /// A round's first deadline, and whether it follows from earlier rounds. The bounds are the specification's;
+    /// that there is one at all, from the oracle's own books.
+    fn check_deadline(&self, deadline_ms: Option<UnixMs>) -> bool {
+        let Terms { deadline_ms: fixed_ms, adaptive_minimum_ms: minimum_ms, .. } = self.terms;
+        let span_ms = deadline_ms.map(|deadline_ms| deadline_ms - self.now);
+        match span_ms {
+            None => assert!(fixed_ms == 0, "a round has its fixed deadline"),
+            Some(span_ms) if fixed_ms > 0 && span_ms == fixed_ms => {}
+            Some(span_ms) => {
+                assert!(minimum_ms > 0 && self.commits.len() >= 3, "a deadline out of nothing");
+                assert!(fixed_ms == 0 || span_ms < fixed_ms);
+                assert!(span_ms >= minimum_ms);
+                return true;
+            }
+        }
+        false
     }
 
     /// A round ends with all that was accepted for it, never without its quorum, and where nothing went

@@ -1,5 +1,7 @@
 //! When a round ends, and with how much work of whom.
 
+use consort_common::spec::AdaptiveDeadline;
+
 use super::*;
 
 /// A run that waits for 2 of 4 sites, and puts 3 to work.
@@ -49,4 +51,129 @@ fn sites_beyond_need_are_put_to_work_where_there_are_any() {
     let world = over_selected();
     assert_eq!(world.working(), ["a", "b"]);
     assert_eq!(world.run.state().expected(&world.plan).len(), 2);
+}
+
+/// A run of two sites, a quorum of one, a deadline of ten minutes and one of median + 2 x MAD, at least 5 s.
+fn adaptive() -> World {
+    World::new(
+        |spec| {
+            participate(spec, (2, 0, 1, 600));
+            spec.participation.adaptive_deadline =
+                Some(AdaptiveDeadline { deviations: 2.0, minimum_seconds: 5 });
+            spec.rounds = 50;
+        },
+        &["a", "b"],
+    )
+}
+
+/// `a` and `b` deliver after so many milliseconds each.
+fn round(world: &mut World, number: u32, a_ms: u64, b_ms: u64) {
+    assert!(a_ms <= b_ms);
+    world.wait(a_ms);
+    world.deliver("a", number).unwrap();
+    world.wait(b_ms - a_ms);
+    world.deliver("b", number).unwrap();
+    world.reduce(number);
+}
+
+fn deadline_in_ms(world: &World) -> u64 {
+    world.run.deadline_ms().unwrap() - world.now
+}
+
+#[test]
+fn the_adaptive_deadline_follows_from_earlier_rounds_once_enough_are_known() {
+    let mut world = adaptive();
+    for (number, a_ms, b_ms) in [(1, 10_000, 20_000), (2, 11_000, 21_000), (3, 12_000, 22_000)] {
+        assert_eq!(deadline_in_ms(&world), 600_000, "the fixed one");
+        round(&mut world, number, a_ms, b_ms);
+    }
+    // By hand: 10 11 12 20 21 22 s have the median 16 s, and deviate from it by 4 4 5 5 6 6 s: MAD 5 s.
+    assert_eq!(deadline_in_ms(&world), 16_000 + 2 * 5_000);
+    world.restart();
+    world.ready(&["a", "b"]);
+    round(&mut world, 4, 13_000, 23_000);
+    // 10 11 12 13 20 21 22 23 s: 16.5 s, and 3.5 3.5 4.5 4.5 5.5 5.5 6.5 6.5 s: 5 s.
+    assert_eq!(deadline_in_ms(&world), 16_500 + 2 * 5_000, "a restart forgets nothing");
+}
+
+#[test]
+fn the_adaptive_deadline_ends_a_round_and_a_site_that_missed_it_counts_with_the_time_it_had() {
+    let mut world = adaptive();
+    for number in 1..=3 {
+        round(&mut world, number, 10_000, 10_000);
+    }
+    assert_eq!(deadline_in_ms(&world), 10_000);
+    world.wait(9_000);
+    world.deliver("a", 4).unwrap();
+    assert!(reduce_effect(&world.wait(1_000)).is_some(), "without b");
+    world.reduce(4);
+    // 9 10 10 10 10 10 10 10.
+    assert_eq!(deadline_in_ms(&world), 10_000);
+    for number in 5..=20 {
+        world.wait(8_000);
+        world.deliver("a", number).unwrap();
+        world.wait(deadline_in_ms(&world));
+        world.reduce(number);
+        assert!(deadline_in_ms(&world) >= 9_000, "the deadline does not close in on the fastest site");
+    }
+}
+
+#[test]
+fn the_adaptive_deadline_has_bounds() {
+    let mut world = adaptive();
+    for number in 1..=3 {
+        round(&mut world, number, 10, 20);
+    }
+    assert_eq!(deadline_in_ms(&world), 5_000, "the minimum");
+    let mut world = adaptive();
+    for number in 1..=3 {
+        round(&mut world, number, 100_000, 590_000);
+    }
+    assert_eq!(deadline_in_ms(&world), 600_000, "the fixed one");
+}
+
+#[test]
+fn a_round_that_was_paused_says_nothing_about_the_sites_pace() {
+    let mut world = adaptive();
+    for number in 1..=3 {
+        world.ok(Event::Pause);
+        world.now += 1_000_000;
+        world.ok(Event::Resume);
+        round(&mut world, number, 1_000, 2_000);
+    }
+    assert_eq!(deadline_in_ms(&world), 600_000, "nothing is known yet");
+}
+
+#[test]
+fn what_is_remembered_of_the_sites_pace_is_bounded() {
+    let names: Vec<String> = (0..200).map(|number| format!("site-{number}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let mut world = adaptive();
+    world.ready(&names);
+    let mut lengths = Vec::new();
+    for number in 1..=20 {
+        world.now += 100;
+        for name in world.working().into_iter().map(str::to_owned).collect::<Vec<_>>() {
+            world.now += 1;
+            world.deliver(&name, number).unwrap();
+        }
+        world.reduce(number);
+        lengths.push(serde_json::to_string(&world.run.state().pace).unwrap().len());
+    }
+    assert!(lengths[19] <= lengths[8] + 16, "{lengths:?}");
+    assert!(lengths[19] < 8 * 64 * 8, "{lengths:?}");
+}
+
+#[test]
+fn a_state_that_was_stored_before_there_was_a_pace_still_loads() {
+    let mut world = adaptive();
+    let mut stored = serde_json::to_value(world.run.state()).unwrap();
+    stored.as_object_mut().unwrap().remove("pace").unwrap();
+    stored["phase"]["training"].as_object_mut().unwrap().remove("assignments").unwrap();
+    let state: State = serde_json::from_value(stored).unwrap();
+    world.run = Run::restore(&world.plan, state, world.now);
+    world.ready(&["a", "b"]);
+    assert!(world.is_training("a"));
+    world.deliver_all(&["a", "b"], 1);
+    assert_eq!(world.reducing().unwrap(), ["a", "b"]);
 }

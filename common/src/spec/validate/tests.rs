@@ -223,6 +223,20 @@ fn keys_that_must_fit_each_other_are_checked_together() {
         "participation = { clients_per_round = 4000, over_selection = 97 }",
         &["participation.over_selection is 97; allowed: 0 to 96, for 4096 sites in all"],
     );
+    check("participation.adaptive_deadline = {}", &[]);
+    check(
+        "participation.adaptive_deadline = { deviations = -1.0, minimum_seconds = 0 }",
+        &[
+            "participation.adaptive_deadline.deviations is -1; allowed: 0 to 1000",
+            "participation.adaptive_deadline.minimum_seconds is 0; allowed: 1 to 7776000",
+        ],
+    );
+    check(
+        "participation = { deadline_seconds = 50, adaptive_deadline = {} }",
+        &[
+            "participation.adaptive_deadline.minimum_seconds is 60; allowed: 1 to 50 = participation.deadline_seconds, beyond which no round lasts",
+        ],
+    );
     check("evaluation = { every_rounds = 0, held_out_fraction = 0.0, tokens_max = 0 }", &[]);
     check(
         "evaluation.held_out_fraction = 0.0",
