@@ -98,8 +98,8 @@ impl Run {
             Some(Standing::Working | Standing::Replaced) => Instruction::Train {
                 round: training.round,
                 first_step: plan.first_step(training.round),
-                steps: plan.local_steps(),
-                tokens: plan.tokens_per_assignment(),
+                steps: training.steps(site, plan),
+                tokens: plan.tokens(training.steps(site, plan)),
                 deadline_ms: self.deadline_ms(),
                 evaluate_base: plan.evaluates(training.round.saturating_sub(1)),
             },

@@ -28,7 +28,8 @@
 //!   those that were not tried in this round first. A replaced site goes on training, and its delta counts
 //!   if it arrives while the round lasts. While the round has fewer sites than it wants, each site that
 //!   becomes ready joins it.
-//! - Deadlines may follow the sites' [`Pace`] in earlier rounds, which is stored with the run.
+//! - Deadlines, and the local steps of slow sites, may follow the sites' [`Pace`] in earlier rounds, which is
+//!   stored with the run. The run's clock ([`State::cumulative_step`]) runs as if all took the full number.
 //! - With over-selection a round puts more sites to work than it waits for and ends with the first deltas;
 //!   those that come later are late.
 //! - Deltas are taken while the run is paused too (what was trained is not wasted), but the round does not

@@ -1,11 +1,11 @@
-//! The sites' pace, as earlier rounds showed it: what deadlines follow. Stored with the run.
+//! The sites' pace, as earlier rounds showed it: what deadlines and assignments follow. Stored with the run.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use consort_common::units::UnixMs;
+use consort_common::{ids::SiteName, units::UnixMs};
 use serde::{Deserialize, Serialize};
 
-use super::{Standing, Training};
+use super::{Contribution, SITES_MAX, Standing, Training};
 
 /// Rounds whose durations are remembered, the newest...
 pub const ROUNDS_MAX: usize = 8;
@@ -21,6 +21,10 @@ pub struct Pace {
     /// work to when its delta was accepted; ascending.
     #[serde(default)]
     durations_ms: VecDeque<Vec<u64>>,
+    /// Nanoseconds of training per local step, of each site in the last round to which it contributed; beyond
+    /// [`SITES_MAX`] sites only those of the newest round.
+    #[serde(default)]
+    step_ns: BTreeMap<SiteName, u64>,
 }
 
 impl Pace {
@@ -44,6 +48,43 @@ impl Pace {
         if self.durations_ms.len() > ROUNDS_MAX {
             self.durations_ms.pop_front();
         }
+    }
+
+    /// Remembers how fast the contributors of a round were.
+    pub(super) fn record_speeds<'a>(&mut self, contributions: impl Iterator<Item = &'a Contribution>) {
+        let mut newest = BTreeSet::new();
+        for Contribution { site, facts, .. } in contributions {
+            // Nothing and infinity come out as 0 and the greatest number; steps are at least 1 here.
+            let step_ns = (facts.train_seconds * 1e9 / f64::from(facts.steps.max(1))) as u64;
+            self.step_ns.insert(site.clone(), step_ns.max(1));
+            newest.insert(site);
+        }
+        if self.step_ns.len() > SITES_MAX {
+            self.step_ns.retain(|site, _| newest.contains(site));
+        }
+    }
+
+    /// Local steps of the sites of a round: `full`, but for one that is slower than the site in the middle (of
+    /// two, the faster) as many as that one's `full` steps leave time for, and at least `minimum`. Sites of
+    /// unknown speed take the full number.
+    pub(super) fn steps<'a>(
+        &self,
+        sites: impl Iterator<Item = &'a SiteName>,
+        minimum: u32,
+        full: u32,
+    ) -> BTreeMap<SiteName, u32> {
+        let speeds: Vec<(&SiteName, u64)> =
+            sites.filter_map(|site| Some((site, *self.step_ns.get(site)?))).collect();
+        let mut ascending: Vec<u64> = speeds.iter().map(|(_, step_ns)| *step_ns).collect();
+        ascending.sort_unstable();
+        let Some(&middle_ns) = ascending.get(ascending.len().saturating_sub(1) / 2) else {
+            return BTreeMap::new();
+        };
+        let steps = |step_ns: u64| {
+            let fitting = u128::from(full) * u128::from(middle_ns) / u128::from(step_ns.max(1));
+            u32::try_from(fitting).unwrap_or(full).max(minimum).min(full)
+        };
+        speeds.into_iter().map(|(site, step_ns)| (site.clone(), steps(step_ns))).collect()
     }
 
     /// median + `deviations` x MAD of the durations, in milliseconds, rounded up; none before [`ROUNDS_MIN`]
@@ -84,7 +125,25 @@ mod tests {
     use super::*;
 
     fn pace(rounds: &[&[u64]]) -> Pace {
-        Pace { durations_ms: rounds.iter().map(|round| round.to_vec()).collect() }
+        Pace { durations_ms: rounds.iter().map(|round| round.to_vec()).collect(), ..Pace::default() }
+    }
+
+    #[test]
+    fn slower_sites_take_as_many_steps_as_fit_into_the_time_of_the_middle_one() {
+        let check = |known: &[(&str, u64)], expected: &[(&str, u32)]| {
+            let name = |name: &str| name.parse::<SiteName>().unwrap();
+            let step_ns = known.iter().map(|(site, step_ns)| (name(site), *step_ns)).collect();
+            let pace = Pace { step_ns, ..Pace::default() };
+            let sites: Vec<SiteName> = ["a", "b", "c", "d"].into_iter().map(name).collect();
+            let expected = expected.iter().map(|(site, steps)| (name(site), *steps)).collect();
+            assert_eq!(pace.steps(sites.iter(), 10, 100), expected);
+        };
+        check(&[], &[]);
+        check(&[("a", 5)], &[("a", 100)]);
+        check(&[("a", 3), ("b", 1)], &[("a", 33), ("b", 100)]);
+        check(&[("a", 2), ("b", 1), ("d", 3)], &[("a", 100), ("b", 100), ("d", 66)]);
+        check(&[("a", 1), ("b", 1), ("c", 2), ("d", 99)], &[("a", 100), ("b", 100), ("c", 50), ("d", 10)]);
+        check(&[("a", u64::MAX), ("b", 1), ("elsewhere", 7)], &[("a", 10), ("b", 100)]);
     }
 
     #[test]

@@ -30,14 +30,19 @@ impl Plan {
         self.spec.seed
     }
 
-    /// Local steps of one assignment.
+    /// Local steps of one assignment, but for slow sites; and steps of the run's clock per round.
     pub fn local_steps(&self) -> u32 {
         self.spec.training.local_steps
     }
 
-    /// Tokens that one assignment trains.
-    pub fn tokens_per_assignment(&self) -> u64 {
-        self.spec.tokens(self.spec.training.local_steps)
+    /// Fewest local steps that a slow site is given; none: every site takes as many.
+    pub fn minimum_steps(&self) -> Option<u32> {
+        Some(self.spec.participation.minimum_steps).filter(|steps| *steps > 0)
+    }
+
+    /// Tokens that `steps` local steps train.
+    pub fn tokens(&self, steps: u32) -> u64 {
+        self.spec.tokens(steps)
     }
 
     /// The cumulative step at which `round` (from 1) begins.

@@ -8,7 +8,7 @@ use std::{
 use consort_common::{ids::SiteName, units::UnixMs};
 
 use super::{
-    Assignment, Contribution, Evaluating, Phase, Reducing, Run, RunStatus, Standing, Training,
+    Assignment, Contribution, Evaluating, Phase, Reducing, Run, RunStatus, Standing, State, Training,
     participation::{Draw, select},
     step::Turn,
     words,
@@ -144,11 +144,14 @@ impl Turn<'_> {
 
     /// A site that was tried before goes on with what it was put to work on then.
     fn put_to_work(&mut self, chosen: Vec<SiteName>) {
-        let Phase::Training(training) = &mut self.run.state.phase else { return };
+        let State { phase: Phase::Training(training), pace, .. } = &mut self.run.state else { return };
+        training.sites.extend(chosen.iter().map(|site| (site.clone(), Standing::Working)));
+        let full = self.plan.local_steps();
+        let steps = self.plan.minimum_steps().map(|minimum| pace.steps(training.sites.keys(), minimum, full));
         for site in chosen {
-            let assignment = Assignment { began_ms: Some(self.now) };
-            training.assignments.entry(site.clone()).or_insert(assignment);
-            training.sites.insert(site, Standing::Working);
+            let steps = steps.as_ref().and_then(|steps| steps.get(&site)).copied().unwrap_or(full);
+            let assignment = Assignment { began_ms: Some(self.now), steps };
+            training.assignments.entry(site).or_insert(assignment);
         }
     }
 
@@ -161,6 +164,9 @@ impl Turn<'_> {
         let Phase::Training(training) = &mut self.run.state.phase else { return };
         if self.plan.has_adaptive_deadline() {
             self.run.state.pace.record_durations(training, self.now);
+        }
+        if self.plan.minimum_steps().is_some() {
+            self.run.state.pace.record_speeds(training.contributions());
         }
         // A BTreeMap by site name: the canonical order.
         let contributions: Vec<Contribution> = mem::take(&mut training.sites)

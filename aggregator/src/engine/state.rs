@@ -117,6 +117,8 @@ pub struct Training {
 pub struct Assignment {
     /// When; none: unknown, or the run was paused since, so that the time it takes says nothing.
     pub began_ms: Option<UnixMs>,
+    /// Local steps to take.
+    pub steps: u32,
 }
 
 impl Training {
@@ -136,6 +138,12 @@ impl Training {
     /// Deltas with which the round is complete.
     pub fn goal(&self, plan: &Plan) -> usize {
         self.wanted.max(plan.awaited(self.selected(), self.wanted))
+    }
+
+    /// Local steps that `site` was given. States stored by earlier versions have no assignments: each was of
+    /// the full number.
+    pub fn steps(&self, site: &SiteName, plan: &Plan) -> u32 {
+        self.assignments.get(site).map_or(plan.local_steps(), |assignment| assignment.steps)
     }
 
     /// Sites at work and deltas accepted: what the attempt has selected.
@@ -239,7 +247,7 @@ impl State {
             }
             Phase::Training(training) => {
                 let assigned = |(site, standing): (&SiteName, &Standing)| match standing {
-                    Standing::Working => Some((site.clone(), plan.tokens_per_assignment())),
+                    Standing::Working => Some((site.clone(), plan.tokens(training.steps(site, plan)))),
                     Standing::Delivered(contribution) => Some((site.clone(), contribution.assigned_tokens)),
                     Standing::Replaced => None,
                 };

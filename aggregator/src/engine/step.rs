@@ -201,6 +201,7 @@ impl Turn<'_> {
             Phase::Waiting => return Err(Rejection::NotAssigned { site, round }),
             Phase::Evaluating(_) | Phase::Done => return Err(over),
         };
+        let steps = training.steps(&site, self.plan);
         let standing = match training.sites.get_mut(&site) {
             None => return Err(Rejection::NotAssigned { site, round }),
             Some(Standing::Delivered(first)) => {
@@ -209,8 +210,8 @@ impl Turn<'_> {
             }
             Some(standing) => standing,
         };
-        check_facts(&facts, self.plan)?;
-        let assigned_tokens = self.plan.tokens_per_assignment();
+        check_facts(&facts, steps, self.plan)?;
+        let assigned_tokens = self.plan.tokens(steps);
         let contribution = Contribution { site: site.clone(), assigned_tokens, accepted_ms: self.now, facts };
         let late = *standing == Standing::Replaced;
         *standing = Standing::Delivered(contribution.clone());
@@ -334,9 +335,9 @@ fn again(first: &Contribution, round: u32, facts: &ContributionFacts) -> Result<
 }
 
 /// Refuses facts that exceed the assignment, or that no training gives (a stored state holds no NaN).
-fn check_facts(facts: &ContributionFacts, plan: &Plan) -> Result<(), Rejection> {
-    check_claim("steps", u64::from(facts.steps), u64::from(plan.local_steps()))?;
-    check_claim("tokens", facts.tokens, plan.tokens_per_assignment())?;
+fn check_facts(facts: &ContributionFacts, steps: u32, plan: &Plan) -> Result<(), Rejection> {
+    check_claim("steps", u64::from(facts.steps), u64::from(steps))?;
+    check_claim("tokens", facts.tokens, plan.tokens(steps))?;
     check_measurement("the training loss", facts.train_loss)?;
     check_measurement("the training time", facts.train_seconds)?;
     check_measurement("the delta's norm", facts.delta_norm)

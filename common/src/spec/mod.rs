@@ -257,6 +257,8 @@ pub struct ParticipationSpec {
     /// Sites selected beyond `clients_per_round`: the round ends with the first `clients_per_round` deltas
     /// (Bonawitz et al., arXiv 1902.01046, section 3.2, select 130 % of what they need).
     pub over_selection: u32,
+    /// Fewest local steps that a slow site is given; 0: every site takes `training.local_steps`.
+    pub minimum_steps: u32,
     /// Deltas without which no round is committed; 0: as many as were selected.
     pub quorum: u32,
     /// Seconds until a round ends with its quorum, or selects anew without it; 0: no deadline.
@@ -273,6 +275,7 @@ impl Default for ParticipationSpec {
             clients_per_round: 0,
             sampling: Sampling::Uniform,
             over_selection: 0,
+            minimum_steps: 0,
             quorum: 0,
             deadline_seconds: 0,
             adaptive_deadline: None,

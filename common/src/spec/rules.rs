@@ -45,7 +45,7 @@ pub(super) fn problems(spec: &RunSpec, faulty: &[String]) -> Vec<Problem> {
     schedule(&mut rules, &spec.training.schedule, spec.run_steps());
     tokens(&mut rules, spec);
     outer(&mut rules, &spec.outer.optimizer);
-    participation(&mut rules, &spec.participation);
+    participation(&mut rules, &spec.participation, spec.training.local_steps);
     evaluation(&mut rules, &spec.evaluation);
     checkpoints(&mut rules, &spec.checkpoints);
     rules.problems
@@ -250,12 +250,13 @@ fn outer(rules: &mut Rules<'_>, optimizer: &OuterOptimizer) {
     }
 }
 
-fn participation(rules: &mut Rules<'_>, participation: &ParticipationSpec) {
+fn participation(rules: &mut Rules<'_>, participation: &ParticipationSpec, local_steps: u32) {
     let ParticipationSpec {
         minimum_clients,
         clients_per_round,
         sampling,
         over_selection,
+        minimum_steps,
         quorum,
         deadline_seconds,
         ref adaptive_deadline,
@@ -277,6 +278,12 @@ fn participation(rules: &mut Rules<'_>, participation: &ParticipationSpec) {
     rules.check(&paths, over_selection <= room, || match clients_per_round {
         0 => format!("is {over_selection}, but with participation.clients_per_round = 0 all sites are selected; allowed then: 0"),
         _ => format!("is {over_selection}; allowed: 0 to {room}, for {CLIENTS_MAX} sites in all"),
+    });
+    let paths = ["participation.minimum_steps", "training.local_steps"];
+    rules.check(&paths, minimum_steps <= local_steps, || {
+        format!(
+            "is {minimum_steps}; allowed: 0 (no site takes fewer) to training.local_steps = {local_steps}"
+        )
     });
     let selected = clients_per_round == 0 || quorum <= clients_per_round;
     rules.check(&["participation.quorum", "participation.clients_per_round"], selected, || {

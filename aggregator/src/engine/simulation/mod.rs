@@ -21,7 +21,7 @@ use rayon::prelude::*;
 
 use self::world::{Tally, Terms, World};
 use super::{
-    tests::{facts, site, spec},
+    tests::{site, spec},
     *,
 };
 
@@ -81,6 +81,7 @@ fn check_tally(tally: &Tally, schedules: u64) {
         ("late", tally.late),
         ("spared", tally.spared),
         ("adapted deadlines", tally.adapted),
+        ("shortened assignments", tally.shortened),
         ("failed reductions", tally.failed_reductions),
     ] {
         assert!(count > schedules / 50, "{what}: {count}");
@@ -130,6 +131,7 @@ fn random_plan(specification: &RunSpec, sites: u32, dice: &mut ChaCha8Rng) -> (P
     participation.over_selection = if may_over_select { dice.random_range(1..=3) } else { 0 };
     participation.quorum = if dice.random() { 0 } else { dice.random_range(1..=most) };
     participation.deadline_seconds = if dice.random_ratio(2, 3) { dice.random_range(1..=100) } else { 0 };
+    participation.minimum_steps = if dice.random() { 0 } else { dice.random_range(1..=4) };
     participation.adaptive_deadline = dice.random_ratio(1, 2).then(|| AdaptiveDeadline {
         deviations: dice.random_range(0.0..4.0),
         minimum_seconds: dice.random_range(1..=20),
@@ -142,6 +144,7 @@ fn random_plan(specification: &RunSpec, sites: u32, dice: &mut ChaCha8Rng) -> (P
         deadline_ms: spec.participation.deadline_seconds * 1000,
         adaptive_minimum_ms: adaptive.map_or(0, |adaptive| adaptive.minimum_seconds * 1000),
         weighting: spec.outer.weighting,
+        minimum_steps: spec.participation.minimum_steps,
         per_round: spec.participation.clients_per_round as usize,
         over_selection: spec.participation.over_selection as usize,
     };
@@ -199,7 +202,7 @@ fn ready(site: &SiteName) -> Event {
 
 fn honest_delivery(world: &World, site: SiteName) -> Event {
     let round = world.state().round();
-    Event::Delivered { facts: facts(&site, round), site, round }
+    Event::Delivered { facts: world.honest_facts(&site, round), site, round }
 }
 
 /// Late, early, foreign, wrong, boasting or nonsensical.
@@ -317,7 +320,7 @@ fn cooperate(world: &mut World, live: &[SiteName]) -> bool {
             Instruction::Idle { .. } => continue,
             Instruction::Prepare => ready(site),
             Instruction::Train { round, .. } => {
-                Event::Delivered { site: site.clone(), round, facts: facts(site, round) }
+                Event::Delivered { site: site.clone(), round, facts: world.honest_facts(site, round) }
             }
             Instruction::Evaluate { version } => {
                 let evaluation = Evaluation { version, loss: 1.0, tokens: 10, text_bytes: 40 };

@@ -5,7 +5,10 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use consort_common::{ids::SiteName, spec::Weighting};
 
-use super::super::{tests::reduced, *};
+use super::super::{
+    tests::{facts, reduced},
+    *,
+};
 
 /// How often things happened: a simulation that never gets anywhere proves nothing.
 #[derive(Debug, Clone, Copy, Default)]
@@ -25,6 +28,8 @@ pub(super) struct Tally {
     pub spared: u64,
     /// Rounds that began with a deadline that followed from earlier ones.
     pub adapted: u64,
+    /// Assignments of fewer than the full local steps.
+    pub shortened: u64,
     pub rejections: u64,
     pub crashes: u64,
     pub failed_reductions: u64,
@@ -45,6 +50,7 @@ impl Tally {
             late: self.late + other.late,
             spared: self.spared + other.spared,
             adapted: self.adapted + other.adapted,
+            shortened: self.shortened + other.shortened,
             rejections: self.rejections + other.rejections,
             crashes: self.crashes + other.crashes,
             failed_reductions: self.failed_reductions + other.failed_reductions,
@@ -64,6 +70,7 @@ pub(super) struct Terms {
     /// Of the deadline that follows the sites' pace; 0: there is none.
     pub adaptive_minimum_ms: u64,
     pub weighting: Weighting,
+    pub minimum_steps: u32,
     pub per_round: usize,
     pub over_selection: usize,
 }
@@ -86,8 +93,8 @@ pub(super) struct World {
     evaluations: BTreeSet<(u32, SiteName)>,
     /// Deltas on disk, by round and site.
     spool: BTreeSet<(u32, SiteName)>,
-    /// Who was ever put to work, by round.
-    assigned: BTreeSet<(u32, SiteName)>,
+    /// Who was ever put to work, by round, and for how many steps.
+    assigned: BTreeMap<(u32, SiteName), u32>,
     /// A deadline passed in the round in progress, or the run was resumed.
     was_disturbed: bool,
     trace: bool,
@@ -109,7 +116,7 @@ impl World {
             commits: Vec::new(),
             evaluations: BTreeSet::new(),
             spool: BTreeSet::new(),
-            assigned: BTreeSet::new(),
+            assigned: BTreeMap::new(),
             was_disturbed: false,
             trace,
         }
@@ -117,6 +124,19 @@ impl World {
 
     pub(super) fn state(&self) -> &State {
         self.run.state()
+    }
+
+    /// What `site` delivers if it does as it was told in `round`, at its own speed.
+    pub(super) fn honest_facts(&self, site: &SiteName, round: u32) -> ContributionFacts {
+        let full = self.plan.local_steps();
+        let steps = self.assigned.get(&(round, site.clone())).copied().unwrap_or(full);
+        let slowness = site.as_str().bytes().last().unwrap_or_default() % 4 + 1;
+        ContributionFacts {
+            steps,
+            tokens: self.plan.tokens(steps),
+            train_seconds: 0.1 * f64::from(steps) * f64::from(slowness),
+            ..facts(site, round)
+        }
     }
 
     pub(super) fn note(&self, text: impl FnOnce() -> String) {
@@ -261,10 +281,11 @@ impl World {
             _ => None,
         };
         let first = self.contributions.get(&(round, site.clone()));
-        let is_assigned = self.assigned.contains(&(round, site.clone()));
-        let is_sane = facts.steps <= self.plan.local_steps()
-            && facts.tokens <= self.plan.tokens_per_assignment()
-            && facts.train_loss.is_finite();
+        let assigned_steps = self.assigned.get(&(round, site.clone())).copied();
+        let is_assigned = assigned_steps.is_some();
+        let steps = assigned_steps.unwrap_or_default();
+        let is_sane =
+            facts.steps <= steps && facts.tokens <= self.plan.tokens(steps) && facts.train_loss.is_finite();
         let is_current = is_running && (open_round == Some(round) || reduced_round == Some(round));
         match (first, outcome) {
             (Some(first), Ok(effects)) => {
@@ -331,8 +352,15 @@ impl World {
                     training.attempt == before.attempt && training.selected() > before.selected();
                 self.tally.joined += u64::from(has_joined);
             }
-            let round = training.round;
-            self.assigned.extend(training.sites.keys().map(|site| (round, site.clone())));
+            for site in training.sites.keys() {
+                let steps = training.assignments[site].steps;
+                let full = self.plan.local_steps();
+                let least = if self.terms.minimum_steps == 0 { full } else { self.terms.minimum_steps };
+                assert!((least..=full).contains(&steps), "{steps} steps");
+                let before = self.assigned.insert((training.round, site.clone()), steps);
+                assert_eq!(before.unwrap_or(steps), steps, "an assignment holds for the whole round");
+                self.tally.shortened += u64::from(before.is_none() && steps < full);
+            }
         }
     }
 
@@ -388,6 +416,14 @@ impl World {
         if self.terms.weighting == Weighting::Uniform {
             assert!(weights.windows(2).all(|pair| pair[0] == pair[1]));
         }
+        if self.terms.weighting == Weighting::Tokens {
+            let steps = |one: &Weighted| self.assigned[&(record.round, one.contribution.site.clone())];
+            let all: u32 = record.contributions.iter().map(steps).sum();
+            for one in &record.contributions {
+                let share = f64::from(steps(one)) / f64::from(all);
+                assert!((one.weight - share).abs() <= 1e-12, "weights follow the assigned steps");
+            }
+        }
         let names: Vec<&SiteName> = record.contributions.iter().map(|one| &one.contribution.site).collect();
         assert!(names.windows(2).all(|pair| pair[0] < pair[1]), "in canonical order, each once: {names:?}");
         for one in &record.contributions {
@@ -416,11 +452,12 @@ impl World {
         let shall_prepare = matches!(state.status, RunStatus::Active | RunStatus::Paused) && !is_ready;
         assert_eq!(instruction == Instruction::Prepare, shall_prepare);
         if let Instruction::Train { round, first_step, steps, tokens, evaluate_base, .. } = instruction {
-            assert!(self.assigned.contains(&(round, site.clone())), "only who was selected trains");
+            let assigned_steps = self.assigned.get(&(round, site.clone())).copied();
+            assert_eq!(assigned_steps, Some(steps), "only who was selected trains");
             assert!(!self.contributions.contains_key(&(round, site.clone())), "who delivered is done");
             assert_eq!(round, self.commits.len() as u32 + 1);
             assert_eq!(first_step, state.cumulative_step);
-            assert_eq!((steps, tokens), (self.plan.local_steps(), self.plan.tokens_per_assignment()));
+            assert_eq!(tokens, self.plan.tokens(steps));
             assert_eq!(evaluate_base, self.plan.evaluates(state.version));
         }
         if self.run.participation(site) == Participation::Working

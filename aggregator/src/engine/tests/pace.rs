@@ -177,3 +177,57 @@ fn a_state_that_was_stored_before_there_was_a_pace_still_loads() {
     world.deliver_all(&["a", "b"], 1);
     assert_eq!(world.reducing().unwrap(), ["a", "b"]);
 }
+
+/// A run of `a`, `b` and, three times as slow as they, `c`, whose first round is committed; 4 local steps.
+fn after_a_round_at_unequal_speeds(minimum_steps: u32) -> World {
+    let adjust = |spec: &mut RunSpec| {
+        participate(spec, (3, 0, 0, 0));
+        spec.participation.minimum_steps = minimum_steps;
+        spec.rounds = 3;
+    };
+    let mut world = World::new(adjust, &["a", "b", "c"]);
+    for (name, train_seconds) in [("a", 1.0), ("b", 1.0), ("c", 3.0)] {
+        let facts = ContributionFacts { train_seconds, ..facts(&site(name), 1) };
+        world.ok(Event::Delivered { site: site(name), round: 1, facts });
+    }
+    world.reduce(1);
+    world
+}
+
+fn task(world: &World, name: &str) -> (u64, u32, u64) {
+    match world.instruction(name) {
+        Instruction::Train { first_step, steps, tokens, .. } => (first_step, steps, tokens),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn slower_sites_take_fewer_steps_and_count_accordingly_while_the_clock_is_the_runs() {
+    let mut world = after_a_round_at_unequal_speeds(1);
+    assert_eq!((task(&world, "a"), task(&world, "c")), ((4, 4, 64), (4, 1, 16)));
+    let expected = world.run.state().expected(&world.plan);
+    world.deliver_all(&["a", "b"], 2);
+    let refused = Rejection::OverClaimed { what: "steps", claimed: 4, allowed: 1 };
+    assert_eq!(world.deliver("c", 2), Err(refused));
+    world.restart();
+    world.ready(&["a", "b", "c"]);
+    assert_eq!(task(&world, "c"), (4, 1, 16));
+    let facts = ContributionFacts { steps: 1, tokens: 16, train_seconds: 0.5, ..facts(&site("c"), 2) };
+    let effects = world.ok(Event::Delivered { site: site("c"), round: 2, facts });
+    let Some(Effect::Reduce { contributions, .. }) = reduce_effect(&effects) else { panic!("{effects:?}") };
+    let weights: Vec<f64> = contributions.iter().map(|one| one.weight).collect();
+    assert_eq!(weights, [64.0 / 144.0, 64.0 / 144.0, 16.0 / 144.0]);
+    assert_eq!(expected.into_iter().map(|(_, weight)| weight).collect::<Vec<_>>(), weights);
+    world.reduce(2);
+    assert_eq!(world.run.state().cumulative_step, 8);
+    assert_eq!(task(&world, "c"), (8, 1, 16), "half a second for a step, where a and b take 25 ms");
+}
+
+#[test]
+fn no_site_takes_fewer_steps_than_the_minimum_and_none_fewer_at_all_without_one() {
+    for (minimum_steps, expected) in [(0, 4), (1, 1), (3, 3), (4, 4)] {
+        let world = after_a_round_at_unequal_speeds(minimum_steps);
+        assert_eq!(task(&world, "c").1, expected);
+        assert_eq!(task(&world, "a").1, 4);
+    }
+}

@@ -237,6 +237,13 @@ fn keys_that_must_fit_each_other_are_checked_together() {
             "participation.adaptive_deadline.minimum_seconds is 60; allowed: 1 to 50 = participation.deadline_seconds, beyond which no round lasts",
         ],
     );
+    check("participation = { minimum_steps = 100 }", &[]);
+    check(
+        "participation = { minimum_steps = 101 }",
+        &[
+            "participation.minimum_steps is 101; allowed: 0 (no site takes fewer) to training.local_steps = 100",
+        ],
+    );
     check("evaluation = { every_rounds = 0, held_out_fraction = 0.0, tokens_max = 0 }", &[]);
     check(
         "evaluation.held_out_fraction = 0.0",
