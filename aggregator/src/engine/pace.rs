@@ -135,7 +135,8 @@ mod tests {
             let step_ns = known.iter().map(|(site, step_ns)| (name(site), *step_ns)).collect();
             let pace = Pace { step_ns, ..Pace::default() };
             let sites: Vec<SiteName> = ["a", "b", "c", "d"].into_iter().map(name).collect();
-            let expected = expected.iter().map(|(site, steps)| (name(site), *steps)).collect();
+            let expected: BTreeMap<SiteName, u32> =
+                expected.iter().map(|(site, steps)| (name(site), *steps)).collect();
             assert_eq!(pace.steps(sites.iter(), 10, 100), expected);
         };
         check(&[], &[]);

@@ -7,6 +7,7 @@
 //! A failure prints its seed. `CONSORT_SIMULATION_SEED=<seed> CONSORT_SIMULATION_SCHEDULES=1` replays it,
 //! with every event.
 
+mod tally;
 mod world;
 
 use std::panic::catch_unwind;
@@ -19,7 +20,10 @@ use rand::{Rng, SeedableRng, seq::IndexedRandom};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
-use self::world::{Tally, Terms, World};
+use self::{
+    tally::{Tally, Terms},
+    world::World,
+};
 use super::{
     tests::{site, spec},
     *,

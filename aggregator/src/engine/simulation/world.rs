@@ -5,75 +5,13 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use consort_common::{ids::SiteName, spec::Weighting};
 
-use super::super::{
-    tests::{facts, reduced},
-    *,
+use super::{
+    super::{
+        tests::{facts, reduced},
+        *,
+    },
+    tally::{Tally, Terms},
 };
-
-/// How often things happened: a simulation that never gets anywhere proves nothing.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Tally {
-    pub steps: u64,
-    pub commits: u64,
-    pub chaotic_commits: u64,
-    /// Rounds that took several attempts; replaced sites' deltas that counted; sites that joined an
-    /// attempt under way.
-    pub retried: u64,
-    pub replaced: u64,
-    pub joined: u64,
-    pub duplicates: u64,
-    pub conflicts: u64,
-    pub late: u64,
-    /// Rounds that ended without some of the sites that were selected beyond need.
-    pub spared: u64,
-    /// Rounds that began with a deadline that followed from earlier ones.
-    pub adapted: u64,
-    /// Assignments of fewer than the full local steps.
-    pub shortened: u64,
-    pub rejections: u64,
-    pub crashes: u64,
-    pub failed_reductions: u64,
-    pub finished: u64,
-}
-
-impl Tally {
-    pub(super) fn add(self, other: Self) -> Self {
-        Self {
-            steps: self.steps + other.steps,
-            commits: self.commits + other.commits,
-            chaotic_commits: self.chaotic_commits + other.chaotic_commits,
-            retried: self.retried + other.retried,
-            replaced: self.replaced + other.replaced,
-            joined: self.joined + other.joined,
-            duplicates: self.duplicates + other.duplicates,
-            conflicts: self.conflicts + other.conflicts,
-            late: self.late + other.late,
-            spared: self.spared + other.spared,
-            adapted: self.adapted + other.adapted,
-            shortened: self.shortened + other.shortened,
-            rejections: self.rejections + other.rejections,
-            crashes: self.crashes + other.crashes,
-            failed_reductions: self.failed_reductions + other.failed_reductions,
-            finished: self.finished + other.finished,
-        }
-    }
-}
-
-/// What the specification says, as the oracle reads it.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Terms {
-    pub rounds: u32,
-    pub minimum: usize,
-    pub quorum: usize,
-    /// 0: none.
-    pub deadline_ms: u64,
-    /// Of the deadline that follows the sites' pace; 0: there is none.
-    pub adaptive_minimum_ms: u64,
-    pub weighting: Weighting,
-    pub minimum_steps: u32,
-    pub per_round: usize,
-    pub over_selection: usize,
-}
 
 pub(super) struct World {
     pub plan: Plan,
@@ -331,7 +269,7 @@ impl World {
             self.was_disturbed |= is_overdue || *event == Event::Resume;
         }
         if let (Phase::Training(training), Phase::Reducing(reducing)) = (&before.phase, &after.phase) {
-            self.check_round_end(training, reducing);
+            self.tally.spared += u64::from(self.check_round_end(training, reducing));
         }
         if let Phase::Training(training) = &after.phase {
             if !matches!(&before.phase, Phase::Training(_)) {
@@ -346,7 +284,7 @@ impl World {
                 assert_eq!(training.wanted, ready.min(most));
                 assert_eq!(training.sites.len(), ready.min(training.wanted + self.terms.over_selection));
                 self.was_disturbed = false;
-                self.tally.adapted += u64::from(self.check_deadline(training.deadline_ms));
+                self.tally.adapted += u64::from(self.check_deadline(training));
             } else if let (Event::SiteReady { .. }, Phase::Training(before)) = (event, &before.phase) {
                 let has_joined =
                     training.attempt == before.attempt && training.selected() > before.selected();
@@ -364,16 +302,15 @@ impl World {
         }
     }
 
-    /// A round's first deadline, and whether it follows from earlier rounds. The bounds are the specification's;
-    /// that there is one at all, from the oracle's own books.
-    fn check_deadline(&self, deadline_ms: Option<UnixMs>) -> bool {
+    /// A round's first deadline is within the specification's bounds; whether it follows from earlier rounds.
+    fn check_deadline(&self, training: &Training) -> bool {
         let Terms { deadline_ms: fixed_ms, adaptive_minimum_ms: minimum_ms, .. } = self.terms;
-        let span_ms = deadline_ms.map(|deadline_ms| deadline_ms - self.now);
+        let span_ms = training.deadline_ms.map(|deadline_ms| deadline_ms - self.now);
         match span_ms {
             None => assert!(fixed_ms == 0, "a round has its fixed deadline"),
             Some(span_ms) if fixed_ms > 0 && span_ms == fixed_ms => {}
             Some(span_ms) => {
-                assert!(minimum_ms > 0 && self.commits.len() >= 3, "a deadline out of nothing");
+                assert!(minimum_ms > 0 && training.round > 3, "a deadline out of nothing");
                 assert!(fixed_ms == 0 || span_ms < fixed_ms);
                 assert!(span_ms >= minimum_ms);
                 return true;
@@ -383,8 +320,8 @@ impl World {
     }
 
     /// A round ends with all that was accepted for it, never without its quorum, and where nothing went
-    /// wrong with all that were selected.
-    fn check_round_end(&mut self, training: &Training, reducing: &Reducing) {
+    /// wrong with all that were selected, or all that it waited for; whether it left some out for that.
+    fn check_round_end(&self, training: &Training, reducing: &Reducing) -> bool {
         let mut accepted: BTreeSet<&SiteName> =
             self.contributions_of(training.round).map(|one| &one.site).collect();
         // The event's own contribution is recorded right after this check.
@@ -399,8 +336,8 @@ impl World {
         if !self.was_disturbed {
             let awaited = if self.terms.over_selection > 0 { training.wanted } else { training.sites.len() };
             assert_eq!(reduced.len(), awaited, "no site is left out without cause");
-            self.tally.spared += u64::from(training.sites.len() > awaited);
         }
+        self.terms.over_selection > 0 && !self.was_disturbed && training.sites.len() > reduced.len()
     }
 
     fn contributions_of(&self, round: u32) -> impl Iterator<Item = &Contribution> {
