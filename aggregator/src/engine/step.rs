@@ -130,8 +130,7 @@ impl Turn<'_> {
                 training.deadline_ms = deadline_ms;
                 let undelivered =
                     |site: &SiteName| !matches!(training.sites.get(site), Some(Standing::Delivered(_)));
-                for (_, assignment) in training.assignments.iter_mut().filter(|(site, _)| undelivered(*site))
-                {
+                for (_, assignment) in training.assignments.iter_mut().filter(|(site, _)| undelivered(site)) {
                     assignment.began_ms = None;
                 }
                 let ready = &self.run.roster.ready;
