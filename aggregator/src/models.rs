@@ -23,7 +23,11 @@ mod new_version;
 mod reader;
 mod writeback;
 
-use std::{fs, io, os::unix::fs::FileExt, path::PathBuf};
+use std::{
+    fs, io,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
 
 use consort_common::{
     atomic_file,
@@ -193,7 +197,14 @@ impl ModelFiles {
 
     /// Whether the disk has that much left.
     pub(crate) fn has_room(&self, bytes: u64) -> Result<bool, ModelError> {
-        Ok(fs4::available_space(&self.root)? >= bytes)
+        // Before the first version there is no root.
+        let existing = self.root.ancestors().find(|ancestor| ancestor.exists());
+        Ok(fs4::available_space(existing.unwrap_or(Path::new(".")))? >= bytes)
+    }
+
+    /// Removes all versions of a run that was never recorded.
+    pub(crate) fn remove_run(&self, run: &RunName) -> Result<(), ModelError> {
+        Ok(atomic_file::remove_directory(&self.root.join(run.as_str()))?)
     }
 
     /// Starts to write a version, beside its place until [`NewVersion::finish`]. Its space is reserved, so

@@ -36,7 +36,7 @@ use crate::storage::{Storage, StorageError};
 pub struct ContributionKey {
     /// The run.
     pub run: RunName,
-    /// The round, from 1.
+    /// The round, from 1; 0: the model that the run starts from.
     pub round: u32,
     /// The site that trained.
     pub site: SiteName,
@@ -46,6 +46,9 @@ pub struct ContributionKey {
 
 impl fmt::Display for ContributionKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.round == 0 {
+            return write!(f, "the model that run {} starts from", self.run);
+        }
         write!(f, "{}'s delta for round {} of run {}", self.site, self.round, self.run)
     }
 }

@@ -52,6 +52,7 @@ pub async fn run_summary(driver: &Driver, run: &RunName) -> Result<v1::RunSummar
 /// One run, whole.
 pub async fn run(driver: &Driver, run: &RunName) -> Result<v1::GetRunResponse, DriverError> {
     let summary = run_summary(driver, run).await?;
+    let start = run_row(driver, run).await?.start;
     let core = driver.core().await;
     let live = core.run(run)?;
     let state = live.run.state();
@@ -66,6 +67,7 @@ pub async fn run(driver: &Driver, run: &RunName) -> Result<v1::GetRunResponse, D
             RunStatus::Aborted { reason } => reason.clone(),
             _ => String::new(),
         },
+        start: start.map(|start| v1::StartModel { digest: start.digest.to_vec(), origin: start.name }),
     })
 }
 

@@ -1,6 +1,8 @@
 //! The built-in byte-level tokenizer as a Hugging Face `tokenizer.json`: 256 byte tokens with the ids 0 to
 //! 255 and `<|endoftext|>` = 256. Sites and checkpoints thus know one tokenizer format only.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Map, Value, json};
 
 /// Text of the token that ends a document in the byte-level tokenizer.
@@ -18,6 +20,11 @@ fn byte_character(byte: u8) -> char {
     }
     let shift = (0..byte).filter(|other| !printable(*other)).count();
     char::from_u32(256 + u32::try_from(shift).unwrap_or_default()).unwrap_or('\u{FFFD}')
+}
+
+/// GPT-2's printable character for each byte, by which byte-level tokenizers write their tokens.
+pub fn byte_characters() -> [char; 256] {
+    std::array::from_fn(|byte| byte_character(u8::try_from(byte).unwrap_or_default()))
 }
 
 /// `tokenizer.json` of the byte-level tokenizer.
@@ -68,6 +75,19 @@ pub fn token_id(tokenizer_json: &Value, text: &str) -> Option<u32> {
     u32::try_from(id).ok()
 }
 
+/// Every token of a `tokenizer.json` with its id, by its text.
+pub fn vocabulary(tokenizer_json: &Value) -> BTreeMap<String, u64> {
+    let vocabulary = &tokenizer_json["model"]["vocab"];
+    let mapped = vocabulary.as_object().into_iter().flatten();
+    let mapped = mapped.filter_map(|(text, id)| Some((text.clone(), id.as_u64()?)));
+    let listed = vocabulary.as_array().into_iter().flatten().zip(0..);
+    let listed = listed.filter_map(|(pair, id)| Some((pair[0].as_str()?.to_owned(), id)));
+    let added = tokenizer_json["added_tokens"].as_array().into_iter().flatten();
+    let added =
+        added.filter_map(|token| Some((token["content"].as_str()?.to_owned(), token["id"].as_u64()?)));
+    mapped.chain(listed).chain(added).collect()
+}
+
 /// Rows that an embedding needs for a `tokenizer.json`: one more than the largest token id.
 pub fn vocabulary_size(tokenizer_json: &Value) -> u64 {
     let added = tokenizer_json["added_tokens"].as_array().into_iter().flatten();
@@ -91,6 +111,8 @@ mod tests {
         let unigram = json!({"model": {"type": "Unigram", "vocab": [["<unk>", 0.0], ["</s>", -1.0]]}});
         assert_eq!(token_id(&unigram, "</s>"), Some(1));
         assert_eq!(token_id(&json!(null), "</s>"), None);
+        assert_eq!(vocabulary(&unigram), [("</s>".to_owned(), 1), ("<unk>".to_owned(), 0)].into());
+        assert_eq!((vocabulary(&byte).len(), vocabulary(&byte)["A"]), (257, 65));
         assert_eq!(
             (vocabulary_size(&byte), vocabulary_size(&unigram), vocabulary_size(&json!(null))),
             (257, 2, 0)
@@ -99,7 +121,7 @@ mod tests {
 
     #[test]
     fn each_byte_has_a_character_of_its_own() {
-        let characters: std::collections::BTreeSet<char> = (0..=255).map(byte_character).collect();
+        let characters: std::collections::BTreeSet<char> = byte_characters().into_iter().collect();
         assert_eq!(characters.len(), 256);
         assert_eq!(byte_character(b' '), 'Ġ');
         assert_eq!(byte_character(b'\n'), 'Ċ');

@@ -246,7 +246,10 @@ impl Row {
             needed >> 30,
             available >> 30
         );
-        let fill = |start, values: &mut [f32]| fill(start, 1.0, values);
+        let fill = |start, values: &mut [f32]| {
+            fill(start, 1.0, values);
+            anyhow::Ok(())
+        };
         create_initial(&self.models(), &Self::run_name(), self.layout(), fill)?;
         (0..deltas).try_for_each(|site| self.write_delta(site))?;
         for site in deltas..sites {

@@ -68,9 +68,7 @@ impl Files {
         let chunks = self.spec.chunk_plan().chunks() as usize;
         entries(&rounds).iter().any(|round| {
             let site = rounds.join(round).join(&self.site);
-            let some = entries(&site)
-                .iter()
-                .any(|delta| (1..chunks).contains(&chunks_held(&site.join(delta), chunks)));
+            let some = (1..chunks).contains(&chunks_held_in(&site, chunks));
             // What a reduced round leaves in the spool is on its way out.
             some && !self.aggregator_state.join("models").join(run).join(round).exists()
         })
@@ -94,6 +92,12 @@ impl Files {
     fn site_files(&self) -> Vec<String> {
         entries(&self.site_state.join("runs").join(self.spec.name.as_str()))
     }
+}
+
+/// Chunks of the delta that a folder of the spool holds, of which there may be several: of the one with most.
+pub fn chunks_held_in(folder: &Path, chunks: usize) -> usize {
+    let deltas = entries(folder);
+    deltas.iter().map(|delta| chunks_held(&folder.join(delta), chunks)).max().unwrap_or_default()
 }
 
 /// Chunks that a delta's file holds: it begins with an entry of 64 bytes for each, zeros where it is missing.

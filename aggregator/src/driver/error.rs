@@ -3,7 +3,7 @@
 
 use consort_common::{
     codec::DecodeError,
-    ids::{RunName, SiteName},
+    ids::{Digest, RunName, SiteName},
     spec::SpecError,
 };
 use tonic::Status;
@@ -42,6 +42,46 @@ pub enum DriverError {
     /// The tokenizer given with the specification cannot be used.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
+    /// What the run is to start from is not what its specification says.
+    #[error("run {run}: {reason}")]
+    Start {
+        /// The run.
+        run: RunName,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The model that the run is to start from has not arrived whole.
+    #[error(
+        "run {run} cannot be created: of the model that it starts from, {held} of {chunks} chunks have arrived; run `consort runs create` again, it goes on where it stopped"
+    )]
+    StartIncomplete {
+        /// The run.
+        run: RunName,
+        /// Chunks that have.
+        held: usize,
+        /// Chunks that the model has.
+        chunks: u32,
+    },
+    /// What arrived is another model than was announced.
+    #[error(
+        "run {run} cannot be created: the model that arrived has the digest {found}, not {announced} as announced; was the checkpoint changed meanwhile? What arrived is deleted: run `consort runs create` again"
+    )]
+    OtherStart {
+        /// The run.
+        run: RunName,
+        /// Its digest as announced.
+        announced: Digest,
+        /// As it arrived.
+        found: Digest,
+    },
+    /// There is no room for the model that the run is to start from.
+    #[error("run {run} cannot be created: {reason}; make room and try again")]
+    NoRoom {
+        /// The run.
+        run: RunName,
+        /// Where.
+        reason: String,
+    },
     /// The session is not the caller's.
     #[error(transparent)]
     Session(#[from] SessionError),
@@ -172,13 +212,16 @@ impl From<DriverError> for Status {
                 Self::already_exists(message)
             }
             DriverError::Session(SessionError::Unknown(_)) => Self::aborted(message),
-            DriverError::OtherRunActive { .. } | DriverError::OtherDigest { .. } => {
-                Self::failed_precondition(message)
-            }
+            DriverError::OtherRunActive { .. }
+            | DriverError::OtherDigest { .. }
+            | DriverError::StartIncomplete { .. } => Self::failed_precondition(message),
+            DriverError::NoRoom { .. } => Self::resource_exhausted(message),
             DriverError::Rejected(rejection) if rejection.is_content() => Self::invalid_argument(message),
             DriverError::Rejected(_) => Self::failed_precondition(message),
             DriverError::Spec(_)
             | DriverError::Tokenizer(_)
+            | DriverError::Start { .. }
+            | DriverError::OtherStart { .. }
             | DriverError::DamagedChunk { .. }
             | DriverError::Undecodable { .. } => Self::invalid_argument(message),
             DriverError::Spool(SpoolError::Sealed { .. }) => Self::failed_precondition(message),

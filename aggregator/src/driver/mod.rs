@@ -14,6 +14,7 @@ mod instructions;
 mod material;
 mod operators;
 mod sites;
+mod starts;
 mod tasks;
 
 use std::{
@@ -168,6 +169,7 @@ impl Driver {
         });
         driver.restore_runs().await?;
         driver.spawn_task("timer", driver.clone().run_timer());
+        driver.spawn_task("abandoned models", driver.clone().discard_abandoned_starts());
         Ok(driver)
     }
 

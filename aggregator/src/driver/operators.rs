@@ -11,25 +11,29 @@ use consort_common::{
 };
 use tokio::task::spawn_blocking;
 
-use super::{Core, Driver, DriverError, LiveRun, RunMaterial, tasks::Work, write_error};
+use super::{Core, Driver, DriverError, LiveRun, RunMaterial, starts, tasks::Work, write_error};
 use crate::{
     engine::{Event, Run, RunStatus},
+    models::{ModelFiles, ModelVersion},
     reduce,
     sessions::Session,
-    store::NewRun,
+    store::{NewRun, StartOrigin},
 };
 
 impl Driver {
-    /// Validates and stores a run; its initial model is on disk when this returns.
+    /// Validates and stores a run; its initial model is on disk when this returns. `start` is the model that it
+    /// starts from, received before, where the specification names one.
     ///
     /// # Errors
-    /// If the specification or the tokenizer cannot be used, or the name is taken.
+    /// If the specification, the tokenizer or the model cannot be used, or the name is taken.
     pub async fn create_run(
         self: &Arc<Self>,
         spec_toml: String,
         tokenizer: Vec<u8>,
+        start: Option<StartOrigin>,
     ) -> Result<RunName, DriverError> {
         let spec = RunSpec::parse(&spec_toml)?;
+        check_start(&spec, start.as_ref())?;
         let tokenizer = tokenizer_json(&spec, tokenizer)?;
         let material = Arc::new(RunMaterial::new(spec_toml, Digest::of(&tokenizer))?);
         let work = Work::Create(material.name.clone());
@@ -37,7 +41,7 @@ impl Driver {
         if !self.claim(work.clone()) {
             return Err(DriverError::RunExists(material.name.clone()));
         }
-        let created = self.create_claimed_run(material, tokenizer).await;
+        let created = self.create_claimed_run(material, tokenizer, start).await;
         self.release(&work);
         created
     }
@@ -46,28 +50,34 @@ impl Driver {
         self: &Arc<Self>,
         material: Arc<RunMaterial>,
         tokenizer: Vec<u8>,
+        start: Option<StartOrigin>,
     ) -> Result<RunName, DriverError> {
         let name = material.name.clone();
         if self.core.lock().await.runs.contains_key(&name) {
             return Err(DriverError::RunExists(name));
         }
         let path = self.tokenizer_path(&name);
-        let (models, description) = (self.models.clone(), material.clone());
+        let (models, spool, description) = (self.models.clone(), self.spool(), material.clone());
+        let start_digest = start.as_ref().map(|start| start.digest);
         let version = spawn_blocking(move || -> Result<_, DriverError> {
             if let Some(folder) = path.parent() {
                 std::fs::create_dir_all(folder).map_err(|source| write_error(&path, source))?;
             }
             write_atomically(&path, &tokenizer)
                 .map_err(|error| write_error(&path, std::io::Error::other(error)))?;
-            let manifest = description.spec.model.manifest();
-            let fill = |start, values: &mut [f32]| {
-                manifest.fill_initial(description.spec.seed, start, values);
-            };
-            Ok(reduce::create_initial(&models, &description.name, description.layout(), fill)?)
+            match start_digest {
+                Some(digest) => starts::create_version(&spool, &models, &description, digest),
+                None => create_seeded_version(&models, &description),
+            }
         })
         .await
         .map_err(|_| DriverError::TaskFailed("the initial model"))??;
 
+        let start = match start {
+            Some(start) => Some(self.name_start(start).await?),
+            None => None,
+        };
+        let starts_from_model = start.is_some();
         let mut core = self.core.lock().await;
         let run = Run::new();
         self.store
@@ -82,11 +92,16 @@ impl Driver {
                 state_json: serde_json::to_string(run.state())
                     .map_err(|error| DriverError::State { run: name.clone(), reason: error.to_string() })?,
                 version_digest: version.digest(),
+                start,
                 created_ms: unix_ms_now(),
             })
             .await?;
         core.runs.insert(name.clone(), LiveRun { material, run, version_digest: version.digest() });
+        drop(core);
         self.changed();
+        if starts_from_model && let Err(error) = self.discard_start(&name).await {
+            tracing::warn!(run = %name, %error, "the model that the run starts from is still in the spool too; it is deleted within a day");
+        }
         Ok(name)
     }
 
@@ -128,6 +143,33 @@ impl Driver {
         }
         Ok(())
     }
+}
+
+/// Whether a model comes where the specification names one, and only there.
+fn check_start(spec: &RunSpec, start: Option<&StartOrigin>) -> Result<(), DriverError> {
+    let reason = match (&spec.start, start) {
+        (None, None) => return Ok(()),
+        (Some(_), Some(start)) => match starts::check_origin(&start.name) {
+            Ok(()) => return Ok(()),
+            Err(problem) => format!("the name of the model that it starts from {problem}"),
+        },
+        (Some(named), None) => format!(
+            "the model of start.checkpoint = {:?} was not sent; install the `consort` tool of the aggregator's version",
+            named.checkpoint
+        ),
+        (None, Some(_)) => "a model to start from was sent, but its specification has no [start]".to_owned(),
+    };
+    Err(DriverError::Start { run: spec.name.clone(), reason })
+}
+
+/// Writes version 0 as the seed gives it.
+fn create_seeded_version(models: &ModelFiles, material: &RunMaterial) -> Result<ModelVersion, DriverError> {
+    let manifest = material.spec.model.manifest();
+    let fill = |start, values: &mut [f32]| {
+        manifest.fill_initial(material.spec.seed, start, values);
+        Ok(())
+    };
+    reduce::create_initial(models, &material.name, material.layout(), fill)
 }
 
 /// The run's tokenizer.json: the built-in one, or the one that was given.

@@ -60,6 +60,7 @@ impl Fixture {
         let fill = |start, values: &mut [f32]| {
             let start = start as usize;
             values.copy_from_slice(&initial[start..start + values.len()]);
+            Ok::<_, ModelError>(())
         };
         create_initial(&models, &run(), layout, fill).unwrap();
         Self { folder, spool, models, layout, encoding, optimizer }

@@ -5,6 +5,8 @@ mod download;
 mod federation;
 mod operator;
 mod places;
+mod received;
+mod start;
 mod upload;
 
 use std::time::Duration;
@@ -14,10 +16,11 @@ use consort_common::{
     ids::{Digest, RunName, SiteName},
     tls::{PeerInfo, peer_identity},
 };
-use tokio::time::timeout;
+use tokio::{task::spawn_blocking, time::timeout};
 use tonic::{Request, Status, Streaming};
 
 pub use self::{federation::FederationService, operator::OperatorService};
+use crate::driver::DriverError;
 
 /// Who is calling, from the certificate of the connection and from nothing else.
 ///
@@ -58,4 +61,16 @@ async fn next_message<T>(stream: &mut Streaming<T>, stall: Duration) -> Result<O
     timeout(stall, stream.message()).await.map_err(|_| {
         Status::cancelled(format!("nothing was received for {} s; reconnect and resume", stall.as_secs()))
     })?
+}
+
+/// Work of an upload that waits for the disk.
+async fn blocking<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, Status>
+where
+    T: Send + 'static,
+    E: Into<DriverError> + Send + 'static,
+{
+    let result = spawn_blocking(work).await;
+    let result = result
+        .map_err(|_| Status::internal("the aggregator failed while it stored the chunk; see its log"))?;
+    result.map_err(|error| Status::from(error.into()))
 }

@@ -5,27 +5,42 @@ use std::{pin::Pin, sync::Arc, time::Duration};
 use consort_common::{identity::Role, ids::SiteName, spec::SPEC_BYTES_MAX};
 use consort_proto::{v1, v1::operator_server::Operator};
 use futures::Stream;
-use tokio::sync::mpsc;
+use tokio::{
+    sync::{Semaphore, mpsc},
+    time::timeout,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{caller, download, next_message, run_name};
-use crate::{driver::Driver, engine::Event, views};
+use super::{caller, digest, download, next_message, run_name, start};
+use crate::{driver::Driver, engine::Event, store::StartOrigin, views};
 
 /// Largest `tokenizer.json`; those of 2026's largest vocabularies have about 20 MB.
 const TOKENIZER_BYTES_MAX: usize = 64 << 20;
+/// Models that are uploaded at a time, for runs that are to start from them.
+const UPLOADS_MAX: usize = 4;
 /// Snapshots of one watch are at least this far apart.
 const SNAPSHOT_INTERVAL: Duration = Duration::from_millis(250);
+
+/// Refuses a specification that is too long to be looked at.
+pub(super) fn check_length(spec_toml: &str) -> Result<(), Status> {
+    if spec_toml.len() <= SPEC_BYTES_MAX {
+        return Ok(());
+    }
+    Err(Status::invalid_argument(format!("the specification is longer than {SPEC_BYTES_MAX} bytes")))
+}
 
 /// The service for people's tools.
 pub struct OperatorService {
     driver: Arc<Driver>,
+    /// Places for models that are being uploaded.
+    uploads: Arc<Semaphore>,
 }
 
 impl OperatorService {
     /// A service over `driver`.
     pub fn new(driver: Arc<Driver>) -> Self {
-        Self { driver }
+        Self { driver, uploads: Arc::new(Semaphore::new(UPLOADS_MAX)) }
     }
 
     fn authorise<T>(&self, request: &Request<T>) -> Result<SiteName, Status> {
@@ -62,15 +77,21 @@ impl Operator for OperatorService {
         let Some(Part::Specification(spec_toml)) = first else {
             return Err(Status::invalid_argument("the first message holds the specification"));
         };
-        if spec_toml.len() > SPEC_BYTES_MAX {
-            return Err(Status::invalid_argument(format!(
-                "the specification is longer than {SPEC_BYTES_MAX} bytes"
-            )));
-        }
-        let mut tokenizer = Vec::new();
+        check_length(&spec_toml)?;
+        let (mut tokenizer, mut start) = (Vec::new(), None);
         while let Some(message) = next_message(&mut stream, stall).await? {
-            let Some(Part::Tokenizer(part)) = message.part else {
-                return Err(Status::invalid_argument("after the specification come parts of the tokenizer"));
+            let part = match message.part {
+                Some(Part::Tokenizer(part)) if start.is_none() => part,
+                Some(Part::Start(model)) if start.is_none() => {
+                    start =
+                        Some(StartOrigin { digest: digest("digest", &model.digest)?, name: model.origin });
+                    continue;
+                }
+                _ => {
+                    return Err(Status::invalid_argument(
+                        "after the specification come parts of the tokenizer, then `start`, once",
+                    ));
+                }
             };
             if tokenizer.len() + part.data.len() > TOKENIZER_BYTES_MAX {
                 return Err(Status::invalid_argument(format!(
@@ -80,10 +101,34 @@ impl Operator for OperatorService {
             tokenizer.extend_from_slice(&part.data);
         }
         let driver = self.driver.clone();
-        let created = self.driver.to_its_end(async move { driver.create_run(spec_toml, tokenizer).await });
+        let created =
+            self.driver.to_its_end(async move { driver.create_run(spec_toml, tokenizer, start).await });
         let run = created.await?;
         tracing::info!(%operator, %run, "run created");
         Ok(Response::new(v1::CreateRunResponse { run: Some(views::run_summary(&self.driver, &run).await?) }))
+    }
+
+    type UploadStartStream = Pin<Box<dyn Stream<Item = Result<v1::UploadStartResponse, Status>> + Send>>;
+
+    async fn upload_start(
+        &self,
+        request: Request<Streaming<v1::UploadStartRequest>>,
+    ) -> Result<Response<Self::UploadStartStream>, Status> {
+        let operator = self.authorise(&request)?;
+        let place = self.uploads.clone().try_acquire_owned().map_err(|_| {
+            Status::resource_exhausted(format!("{UPLOADS_MAX} models are being uploaded; try again later"))
+        })?;
+        let (answers, outbound) = mpsc::channel(1);
+        let (driver, stream) = (self.driver.clone(), request.into_inner());
+        self.driver.spawn_task("upload of a model", async move {
+            if let Err(status) = start::receive(&driver, stream, &answers).await {
+                tracing::info!(%operator, code = ?status.code(), reason = status.message(), "upload of a model ended");
+                // Lost on a caller that went away, or that reads nothing.
+                let _ = timeout(driver.limits().stall(), answers.send(Err(status))).await;
+            }
+            drop(place);
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(outbound))))
     }
 
     async fn start_run(

@@ -13,10 +13,9 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use consort_common::{
     codec::Encoding,
-    ids::{DeltaId, Digest, SiteName},
+    ids::{DeltaId, SiteName},
 };
 use consort_proto::v1::{
     ChunksAcknowledged, DeltaBegin, DeltaChunk, DeltaFinish, UploadAccepted, UploadDeltaRequest,
@@ -24,14 +23,14 @@ use consort_proto::v1::{
 };
 use tokio::{
     sync::{Notify, mpsc},
-    task::spawn_blocking,
     time::timeout,
 };
 use tonic::{Status, Streaming};
 
 use super::{
-    digest, next_message,
+    blocking, digest, next_message,
     places::{Share, UploadPlace, Uploads},
+    received::Received,
     run_name,
 };
 use crate::{
@@ -235,28 +234,20 @@ impl<'a> Upload<'a> {
 
     /// Checks what can be seen without looking at the payload.
     fn check(&self, chunk: DeltaChunk, bytes_left: &mut u64) -> Result<Received, Status> {
-        let DeltaChunk { index, payload, digest: announced } = chunk;
+        let DeltaChunk { index, payload, digest } = chunk;
         let plan = self.ticket.material.plan;
-        let parameters = plan.length(index).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let received = Received::new(index, payload, &digest, plan, self.delta.layout())?;
         if !self.share.has(index) {
             return Err(Status::invalid_argument(format!(
                 "chunk {index}: belongs to another part of this upload"
             )));
         }
-        let expected = self.delta.layout().payload_bytes(index).unwrap_or_default();
-        if payload.len() != expected {
-            return Err(Status::invalid_argument(format!(
-                "chunk {index}: has {} bytes; its encoding takes {expected}",
-                payload.len()
-            )));
-        }
-        *bytes_left = bytes_left.checked_sub(payload.len() as u64).ok_or_else(|| {
+        *bytes_left = bytes_left.checked_sub(received.payload.len() as u64).ok_or_else(|| {
             Status::invalid_argument(format!(
                 "chunk {index}: the upload is longer than its announced total_bytes"
             ))
         })?;
-        let digest = digest("chunk digest", &announced)?;
-        Ok(Received { index, parameters, payload, digest })
+        Ok(received)
     }
 
     /// The second stage: checks and writes what was read, in its order.
@@ -351,42 +342,9 @@ impl Drop for Upload<'_> {
     }
 }
 
-/// A chunk whose sizes are right.
-struct Received {
-    index: u32,
-    parameters: usize,
-    payload: Bytes,
-    digest: Digest,
-}
-
-impl Received {
-    /// Checks the payload, and writes it.
-    fn write(&self, delta: &SpooledDelta, values: &mut Vec<f32>) -> Result<(), DriverError> {
-        let index = self.index;
-        if Digest::of(&self.payload) != self.digest {
-            return Err(DriverError::DamagedChunk { index });
-        }
-        values.resize(self.parameters, 0.0);
-        let codec = delta.layout().encoding().codec();
-        codec.decode(&self.payload, values).map_err(|source| DriverError::Undecodable { index, source })?;
-        Ok(delta.write(index, &self.payload, self.digest)?)
-    }
-}
-
 /// Tells the last stage that there is something to make durable, or that nothing more will come.
 #[derive(Default)]
 struct Written {
     some: Notify,
     all: tokio_util::sync::CancellationToken,
-}
-
-async fn blocking<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, Status>
-where
-    T: Send + 'static,
-    E: Into<DriverError> + Send + 'static,
-{
-    let result = spawn_blocking(work).await;
-    let result = result
-        .map_err(|_| Status::internal("the aggregator failed while it stored the chunk; see its log"))?;
-    result.map_err(|error| Status::from(error.into()))
 }

@@ -12,6 +12,7 @@ mod events;
 mod records;
 mod rounds;
 mod runs;
+mod starts;
 mod values;
 
 use std::{path::Path, time::Duration};
@@ -29,7 +30,7 @@ pub use self::{
     events::{EVENTS_MAX, EventRow},
     records::Record,
     rounds::{CheckpointRow, EvaluationRow, RoundCommit, RoundRow, mean_loss},
-    runs::{NewRun, RunRow},
+    runs::{NewRun, RunRow, StartOrigin},
 };
 
 /// Connections that read at one time; a call beyond waits for one.

@@ -118,6 +118,18 @@ impl Store {
         row.as_ref().map(round_row).transpose()
     }
 
+    /// The run and round that made the model of that digest; the oldest of several.
+    pub async fn version_with_digest(&self, digest: Digest) -> Result<Option<(RunName, u32)>, StoreError> {
+        let row =
+            sqlx::query("SELECT run, round FROM rounds WHERE digest = $1 ORDER BY committed_ms, run LIMIT 1")
+                .bind(digest.to_string())
+                .fetch_optional(&self.readers)
+                .await
+                .map_err(StoreError::of("look for a model"))?;
+        let version = |row: SqliteRow| Ok((Columns(&row).parsed("run")?, Columns(&row).count("round")?));
+        row.map(version).transpose()
+    }
+
     /// The run's evaluations, by version and site.
     pub async fn evaluations(&self, run: &RunName) -> Result<Vec<EvaluationRow>, StoreError> {
         let rows = sqlx::query("SELECT * FROM evaluations WHERE run = $1 ORDER BY version, site")

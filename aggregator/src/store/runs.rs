@@ -12,6 +12,15 @@ use super::{
     values::{Columns, count},
 };
 
+/// The model that a run starts from, where that is not the seed's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StartOrigin {
+    /// What people call it.
+    pub name: String,
+    /// Digest of its flat vector as it came: version 0's, unless that is rounded to what is sent.
+    pub digest: Digest,
+}
+
 /// A run to be created, at version 0.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NewRun {
@@ -33,6 +42,8 @@ pub struct NewRun {
     pub state_json: String,
     /// Digest of version 0.
     pub version_digest: Digest,
+    /// What version 0 was made of.
+    pub start: Option<StartOrigin>,
     /// Now.
     pub created_ms: UnixMs,
 }
@@ -60,6 +71,8 @@ pub struct RunRow {
     pub version: u32,
     /// Its digest.
     pub version_digest: Digest,
+    /// What version 0 was made of.
+    pub start: Option<StartOrigin>,
     /// When it was created.
     pub created_ms: UnixMs,
     /// When it was started first.
@@ -88,8 +101,8 @@ impl Store {
         let mut transaction = self.begin(ATTEMPT).await?;
         let inserted = sqlx::query(
             "INSERT INTO runs (name, spec_toml, spec_digest, manifest_digest, tokenizer_digest, architecture, \
-             parameters, state_json, version, version_digest, created_ms) \
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, 0, $9, $10)",
+             parameters, state_json, version, version_digest, created_ms, start_origin, start_digest) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, 0, $9, $10, $11, $12)",
         )
         .bind(run.name.as_str())
         .bind(&run.spec_toml)
@@ -101,6 +114,8 @@ impl Store {
         .bind(&run.state_json)
         .bind(run.version_digest.to_string())
         .bind(count("runs.created_ms", run.created_ms)?)
+        .bind(run.start.as_ref().map(|start| &start.name))
+        .bind(run.start.as_ref().map(|start| start.digest.to_string()))
         .execute(&mut *transaction)
         .await;
         match inserted {
@@ -165,6 +180,7 @@ fn run_row(row: &SqliteRow) -> Result<RunRow, StoreError> {
         state_json: row.text("state_json")?,
         version: row.count("version")?,
         version_digest: row.parsed("version_digest")?,
+        start: start_origin(&row)?,
         created_ms: row.count("created_ms")?,
         started_ms: row.optional_count("started_ms")?,
         finished_ms: row.optional_count("finished_ms")?,
@@ -172,4 +188,9 @@ fn run_row(row: &SqliteRow) -> Result<RunRow, StoreError> {
         bytes_up: row.count("bytes_up")?,
         tokens: row.count("tokens")?,
     })
+}
+
+fn start_origin(row: &Columns<'_>) -> Result<Option<StartOrigin>, StoreError> {
+    let Some(name) = row.optional_text("start_origin")? else { return Ok(None) };
+    Ok(Some(StartOrigin { name, digest: row.parsed("start_digest")? }))
 }

@@ -44,6 +44,10 @@ impl Columns<'_> {
         self.0.try_get(column).map_err(StoreError::of("read a row"))
     }
 
+    pub(super) fn optional_text(&self, column: &'static str) -> Result<Option<String>, StoreError> {
+        self.0.try_get(column).map_err(StoreError::of("read a row"))
+    }
+
     /// A count, as u32 or u64.
     pub(super) fn count<T: TryFrom<i64>>(&self, column: &'static str) -> Result<T, StoreError> {
         let value: i64 = self.0.try_get(column).map_err(StoreError::of("read a row"))?;

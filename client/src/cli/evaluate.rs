@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::{DeviceArguments, text};
 use crate::{
-    data::{HeldOut, Tokenizer},
+    data::{HeldOut, Source, Tokenizer},
     trainer::EvaluationSum,
 };
 
@@ -20,8 +20,8 @@ use crate::{
 pub(super) struct EvaluateArguments {
     /// Checkpoint directory, as `transformers` loads it
     checkpoint: PathBuf,
-    /// Folder or file with text: .txt or .jsonl, also .gz or .zst
-    data: PathBuf,
+    /// Folder or file with text: .txt or .jsonl, also .gz or .zst, or .parquet
+    data: Source,
     /// Measure only on the documents that a site holds out
     #[arg(long)]
     held_out_only: bool,
@@ -59,14 +59,16 @@ impl EvaluateArguments {
         let held_out_fraction = if self.held_out_only { self.held_out_fraction } else { 0.0 };
         let vocabulary_size = model.architecture.vocab_size();
         let dataset = text::prepare(
-            &self.data,
+            std::slice::from_ref(&self.data),
             self.cache.as_deref(),
             tokenizer,
             held_out_fraction,
             vocabulary_size,
             &|| false,
         )?;
-        let shard = if self.held_out_only { dataset.held_out } else { dataset.train };
+        // There is one source.
+        let shard =
+            if self.held_out_only { &dataset.held_out } else { &dataset.train.parts()[0].shard }.clone();
         let windows = match self.tokens_max {
             Some(tokens_max) => HeldOut::new(shard, sequence_length, tokens_max)?,
             None => HeldOut::whole(shard, sequence_length, end_of_text)?,

@@ -1,4 +1,4 @@
-//! A folder of text made ready for a command, and the loss measured on it.
+//! Text made ready for a command, and the loss measured on it.
 
 use std::path::Path;
 
@@ -7,14 +7,14 @@ use consort_common::model::Architecture;
 
 use super::bar::Bar;
 use crate::{
-    data::{self, Dataset, HeldOut, PrepareProgress, PrepareRequest, Tokenizer},
+    data::{self, Dataset, HeldOut, PrepareProgress, PrepareRequest, Source, Tokenizer},
     local,
     trainer::{Device, EvaluationSum},
 };
 
 /// Tokenises as a site would. Without a `cache` folder the tokens are gone when the dataset is.
 pub(super) fn prepare(
-    source: &Path,
+    sources: &[Source],
     cache: Option<&Path>,
     tokenizer: Tokenizer,
     held_out_fraction: f64,
@@ -24,7 +24,7 @@ pub(super) fn prepare(
     let temporary = tempfile::tempdir()?;
     let cache = cache.unwrap_or(temporary.path()).to_owned();
     let request =
-        PrepareRequest { source: source.to_owned(), cache, tokenizer, held_out_fraction, vocabulary_size };
+        PrepareRequest { sources: sources.to_owned(), cache, tokenizer, held_out_fraction, vocabulary_size };
     let bar = std::sync::Mutex::new(Bar::new("tokenising"));
     let tell = |progress: PrepareProgress| {
         if let Ok(mut bar) = bar.lock() {

@@ -5,7 +5,7 @@ use consort_proto::v1::ClientActivity;
 
 use super::*;
 use crate::{
-    data::{PrepareRequest, Tokenizer, prepare},
+    data::{PrepareRequest, Source, Tokenizer, prepare},
     progress::Reporter,
     round::keep,
     state::StateDirectory,
@@ -47,7 +47,7 @@ impl Site {
         std::fs::write(&source, documents.join("\n")).unwrap();
         let spec = RunSpec::parse(&format!("{SPEC}optimizer_state = \"{optimizer_state}\"\n")).unwrap();
         let request = PrepareRequest {
-            source,
+            sources: vec![Source::new(source)],
             cache: folder.path().join("cache"),
             tokenizer: Tokenizer::byte(),
             held_out_fraction: 0.2,

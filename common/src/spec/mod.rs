@@ -5,12 +5,16 @@
 
 mod reference;
 mod rules;
+mod start;
 mod structure;
 mod validate;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::validate::{Problem, SpecError};
+pub use self::{
+    start::StartingPoint,
+    validate::{Problem, SpecError},
+};
 use crate::{
     chunk::ChunkPlan,
     codec::{Encoding, ModelEncoding},
@@ -38,6 +42,9 @@ pub struct RunSpec {
     /// How text becomes tokens.
     #[serde(default)]
     pub tokenizer: TokenizerSpec,
+    /// What the run starts from; nothing: initial weights from the seed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<StartSpec>,
     /// Local training at the sites.
     #[serde(default)]
     pub training: TrainingSpec,
@@ -78,6 +85,14 @@ impl Default for TokenizerSpec {
     fn default() -> Self {
         Self::Byte {}
     }
+}
+
+/// What a run starts from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StartSpec {
+    /// A Hugging Face directory, relative to the specification; read by the CLI only.
+    pub checkpoint: String,
 }
 
 /// Local training at the sites.

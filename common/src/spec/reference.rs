@@ -18,7 +18,7 @@ mod tests {
     use crate::{
         model::{Architecture, Gpt2Config, LlamaConfig},
         schedule::Schedule,
-        spec::{AdaptiveDeadline, OuterOptimizer, OuterSpec, TokenizerSpec, TrainingSpec},
+        spec::{AdaptiveDeadline, OuterOptimizer, OuterSpec, StartSpec, TokenizerSpec, TrainingSpec},
     };
 
     /// A section as the reference writes it: active, or commented out as an alternative.
@@ -87,6 +87,7 @@ mod tests {
             with(&|spec| spec.model = Architecture::Gpt2(Gpt2Config::default())),
             with(&|spec| spec.tokenizer = TokenizerSpec::Byte {}),
             with(&|spec| spec.tokenizer = TokenizerSpec::File { path: "p".into(), end_of_text: "e".into() }),
+            with(&|spec| spec.start = Some(StartSpec { checkpoint: "c".into() })),
             with(&|spec| {
                 spec.training.schedule =
                     Schedule::Constant { warmup_steps: 1, warmup_from: 0.0, fraction: 1.0 };
@@ -172,6 +173,6 @@ mod tests {
                 tried += 1;
             }
         }
-        assert_eq!(tried, 8, "alternatives in the reference");
+        assert_eq!(tried, 9, "alternatives in the reference");
     }
 }

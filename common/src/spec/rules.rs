@@ -40,6 +40,10 @@ pub(super) fn problems(spec: &RunSpec, faulty: &[String]) -> Vec<Problem> {
     });
     model(&mut rules, &spec.model, spec.wire.chunk_parameters);
     tokenizer(&mut rules, &spec.tokenizer, spec.model.vocab_size());
+    if let Some(start) = &spec.start {
+        let path = "start.checkpoint";
+        rules.check(&[path], !start.checkpoint.is_empty(), || "is empty; allowed: any other text".to_owned());
+    }
     training(&mut rules, &spec.training, &spec.model);
     optimizer(&mut rules, &spec.training.optimizer);
     schedule(&mut rules, &spec.training.schedule, spec.run_steps());

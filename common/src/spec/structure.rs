@@ -255,7 +255,9 @@ fn placeholder(key: &str, parents: &[String]) -> Option<Value> {
         (None, "model") => {
             Some(Value::Table(Table::from_iter([("architecture".to_owned(), "llama".into())])))
         }
-        (Some("tokenizer"), "path" | "end_of_text") => Some("placeholder".into()),
+        (Some("tokenizer"), "path" | "end_of_text") | (Some("start"), "checkpoint") => {
+            Some("placeholder".into())
+        }
         (Some("training"), "decay_steps") => Some(1.into()),
         _ => None,
     }

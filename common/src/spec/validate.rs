@@ -45,12 +45,13 @@ impl fmt::Display for SpecError {
 }
 
 /// Sections and keys of the root in the order in which people read them.
-const ORDER: [&str; 11] = [
+const ORDER: [&str; 12] = [
     "name",
     "seed",
     "rounds",
     "model",
     "tokenizer",
+    "start",
     "training",
     "outer",
     "participation",

@@ -177,9 +177,9 @@ async fn receive(
 }
 
 /// On standard error, where that is a terminal; else nothing.
-fn progress_bar(total_bytes: u64) -> ProgressBar {
+pub fn progress_bar(total_bytes: u64) -> ProgressBar {
     let style = ProgressStyle::with_template(
-        "{wide_bar} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} {eta}",
+        "{prefix}{wide_bar} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} {eta}",
     );
     ProgressBar::new(total_bytes).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }

@@ -22,6 +22,11 @@ pub struct Script {
     pub parts: Vec<Result<v1::FilePart, Status>>,
     /// What CreateRun received.
     pub created: Vec<v1::CreateRunRequest>,
+    /// Chunks that UploadStart holds already, and the error that it ends with, where it does.
+    pub held: Vec<u32>,
+    pub upload_failure: Option<Status>,
+    /// What UploadStart received.
+    pub uploaded: Vec<v1::UploadStartRequest>,
 }
 
 /// The service; its clones share one script.
@@ -67,6 +72,32 @@ macro_rules! refuse {
 impl Operator for FakeOperator {
     type WatchRunStream = Answers<v1::RunSnapshot>;
     type DownloadCheckpointStream = Answers<v1::FilePart>;
+    type UploadStartStream = Answers<v1::UploadStartResponse>;
+
+    async fn upload_start(
+        &self,
+        request: Request<Streaming<v1::UploadStartRequest>>,
+    ) -> Result<Response<Self::UploadStartStream>, Status> {
+        let mut stream = request.into_inner();
+        let (answers, outbound) = tokio::sync::mpsc::channel(2);
+        let service = self.clone();
+        tokio::spawn(async move {
+            let begin = stream.message().await.unwrap().unwrap();
+            let held = service.with_script(|script| {
+                script.uploaded.push(begin);
+                script.held.clone()
+            });
+            answers.send(Ok(v1::UploadStartResponse { held })).await.unwrap();
+            if let Some(failure) = service.with_script(|script| script.upload_failure.take()) {
+                answers.send(Err(failure)).await.unwrap();
+                return;
+            }
+            while let Some(message) = stream.message().await.unwrap() {
+                service.with_script(|script| script.uploaded.push(message));
+            }
+        });
+        Ok(Response::new(Box::pin(tokio_stream::wrappers::ReceiverStream::new(outbound))))
+    }
 
     async fn create_run(
         &self,

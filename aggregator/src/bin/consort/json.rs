@@ -65,6 +65,9 @@ pub fn run(run: &v1::GetRunResponse) -> Value {
             "manifest_digest": digest(&run.manifest_digest),
             "version": run.version,
             "version_digest": digest(&run.version_digest),
+            "start": run.start.as_ref().map(
+                |start| json!({ "origin": start.origin, "digest": digest(&start.digest) })
+            ),
             "reason": if run.reason.is_empty() { Value::Null } else { json!(run.reason) },
         }),
     )

@@ -18,6 +18,7 @@ mod rounds;
 mod runs;
 mod screen;
 mod specification;
+mod start;
 mod table;
 mod text;
 mod watch;

@@ -18,7 +18,7 @@ use crate::{
     output::Output,
     specification::{self, Specification},
     table::{Column, Table, facts},
-    watch, words,
+    text, watch, words,
 };
 
 /// Longest answer to a question, in bytes.
@@ -143,19 +143,23 @@ pub async fn run(context: &Context, command: RunsCommand) -> Result<(), Failure>
 
 async fn create(context: &Context, specification: Specification, start_it: bool) -> Result<(), Failure> {
     let name = specification.spec.name.clone();
-    let words = specification::in_words(&specification.spec);
+    let words = specification::in_words(&specification);
     let attempt = format!("create the run {name}");
     let mut operator = context.operator().await?;
-    // No timeout: a tokenizer of megabytes may travel over a slow line, and the connection's keepalive
-    // ends the call when the aggregator is gone.
-    let response = operator.create_run(tokio_stream::iter(specification.into_messages())).await;
+    let start_model = match &specification.start {
+        Some(checkpoint) => Some(checkpoint.upload(&mut operator, &specification, &attempt).await?),
+        None => None,
+    };
+    // No timeout: a tokenizer of megabytes may travel over a slow line, a model of gigabytes take its place on
+    // disk, and the connection's keepalive ends the call when the aggregator is gone.
+    let response = operator.create_run(tokio_stream::iter(specification.into_messages(start_model))).await;
     let response = response.map_err(|status| Failure::from_status(&attempt, &status))?.into_inner();
     let mut summary = response.run.ok_or_else(|| missing(&attempt, "run"))?;
     if start_it {
         summary = start(&mut operator, name.as_str()).await?;
     }
     let done = if start_it { "Created and started" } else { "Created" };
-    let lines = crate::text::wrap(&format!("{done}: {words}."), context.output.columns);
+    let lines = text::wrap(&format!("{done}: {words}."), context.output.columns);
     context.output.show(&json::run_summary(&summary), &lines)?;
     let next = if start_it { "watch" } else { "start" };
     context.output.hint(&format!("Next: consort runs {next} {name}"));
@@ -269,6 +273,10 @@ fn show_lines(
         ("version", run.version.to_string()),
         ("its model", words::digest(&run.version_digest)),
     ];
+    if let Some(start) = &run.start {
+        lines.push(("starts from", text::printable(&start.origin)));
+        lines.push(("that model", words::digest(&start.digest)));
+    }
     if !run.reason.is_empty() {
         lines.push(("aborted for", run.reason.clone()));
     }
@@ -337,6 +345,7 @@ mod tests {
             spec_digest: vec![0xAB; 32],
             version: 2,
             reason: "wrong corpus".into(),
+            start: Some(v1::StartModel { origin: "gpt2\u{1b}[2J".into(), digest: vec![0xCD; 32] }),
             ..v1::GetRunResponse::default()
         };
         let lines = show_lines(&run("demo"), &response, &output(80), &TimeZone::UTC);
@@ -345,6 +354,8 @@ mod tests {
             "held-out loss  2.303 (perplexity 10.00)",
             &format!("specification  {}", "ab".repeat(32)),
             "manifest       -",
+            "starts from    gpt2 [2J",
+            &format!("that model     {}", "cd".repeat(32)),
             "aborted for    wrong corpus",
         ] {
             assert!(lines.iter().any(|shown| shown == line), "{line:?} is not in {lines:#?}");

@@ -11,12 +11,13 @@ use consort_common::{
     spec::{Problem, RunSpec, SPEC_BYTES_MAX},
     units,
 };
-use consort_proto::v1::{CreateRunRequest, FilePart, create_run_request::Part};
+use consort_proto::v1::{CreateRunRequest, FilePart, StartModel, create_run_request::Part};
 use serde_json::{Value, json};
 
 use crate::{
     failure::Failure,
     output::{self, Output},
+    start::StartCheckpoint,
     text::wrap,
 };
 
@@ -33,6 +34,8 @@ pub struct Specification {
     pub spec: RunSpec,
     /// `tokenizer.json`; empty where the built-in tokenizer is used.
     tokenizer: Bytes,
+    /// What the run starts from, where it is not the seed's.
+    pub start: Option<StartCheckpoint>,
 }
 
 impl Specification {
@@ -50,22 +53,52 @@ impl Specification {
         let Ok(text) = String::from_utf8(bytes) else {
             return Ok(Err(problem("", "is not UTF-8 text".to_owned())));
         };
+        let folder = path.parent().unwrap_or(Path::new(""));
+        let named = RunSpec::start_checkpoint(&text);
+        let start = named.as_ref().map(|named| StartCheckpoint::open(&folder.join(named))).transpose();
+        let start = start.map_err(|message| problem("start.checkpoint", message));
+        let text = match (&start, named) {
+            (Ok(Some(start)), Some(named)) => {
+                start.point().complete(&text, &format!("{}/tokenizer.json", named.trim_end_matches('/')))
+            }
+            _ => text,
+        };
         let tokenizer = match tokenizer_path(&text) {
-            Some(tokenizer) => read_tokenizer(&path.parent().unwrap_or(Path::new("")).join(tokenizer)),
+            Some(tokenizer) => read_tokenizer(&folder.join(tokenizer)),
             None => Ok(Bytes::new()),
         };
         let tokenizer = tokenizer.map_err(|message| problem("tokenizer.path", message));
-        match (RunSpec::parse(&text), tokenizer) {
-            (Ok(spec), Ok(tokenizer)) => Ok(Ok(Self { text, spec, tokenizer })),
-            (spec, tokenizer) => {
-                let of_spec = spec.err().map(|error| error.problems);
-                Ok(Err(of_spec.into_iter().chain(tokenizer.err()).flatten().collect()))
+        match (RunSpec::parse(&text), tokenizer, start) {
+            (Ok(spec), Ok(tokenizer), Ok(start)) => {
+                let problems = start.as_ref().map(|start| start.problems(&spec, &tokenizer));
+                match problems.filter(|problems| !problems.is_empty()) {
+                    None => Ok(Ok(Self { text, spec, tokenizer, start })),
+                    Some(problems) => Ok(Err(problems)),
+                }
+            }
+            (spec, tokenizer, start) => {
+                let mut problems = spec.err().map_or_else(Vec::new, |error| error.problems);
+                if start.is_err() {
+                    // The checkpoint would have said what it is.
+                    problems.retain(|problem| problem.path != "model");
+                }
+                problems.extend([tokenizer.err(), start.err()].into_iter().flatten().flatten());
+                Ok(Err(problems))
             }
         }
     }
 
-    /// The messages that create the run: the specification, then the tokenizer in parts.
-    pub fn into_messages(self) -> impl Iterator<Item = CreateRunRequest> + Send + 'static {
+    /// The specification's text, with what it leaves to the checkpoint that it names.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// The messages that create the run: the specification, then the tokenizer in parts, then the model that it
+    /// starts from, which the aggregator has.
+    pub fn into_messages(
+        self,
+        start: Option<StartModel>,
+    ) -> impl Iterator<Item = CreateRunRequest> + Send + 'static {
         let Self { text, tokenizer, .. } = self;
         let message = |part| CreateRunRequest { part: Some(part) };
         let parts = (0..tokenizer.len()).step_by(PART_BYTES).map(move |offset| {
@@ -76,7 +109,7 @@ impl Specification {
                 data: tokenizer.slice(offset..tokenizer.len().min(offset + PART_BYTES)),
             })
         });
-        std::iter::once(Part::Specification(text)).chain(parts).map(message)
+        std::iter::once(Part::Specification(text)).chain(parts).chain(start.map(Part::Start)).map(message)
     }
 }
 
@@ -84,7 +117,7 @@ impl Specification {
 pub fn check(path: &Path, output: &Output) -> Result<(), Failure> {
     match Specification::read(path)? {
         Ok(specification) => {
-            let words = format!("{} is valid: {}.", path.display(), in_words(&specification.spec));
+            let words = format!("{} is valid: {}.", path.display(), in_words(&specification));
             output.show(&valid_document(&specification), &wrap(&words, output.columns))
         }
         Err(problems) => {
@@ -105,11 +138,14 @@ pub fn reference(output: &Output) -> Result<(), Failure> {
 }
 
 /// What a specification asks for.
-pub fn in_words(spec: &RunSpec) -> String {
+pub fn in_words(specification: &Specification) -> String {
+    let spec = &specification.spec;
+    let start = specification.start.as_ref();
     format!(
-        "the run {} trains a model of {} parameters in {} rounds of {} local steps, {} tokens per site and round",
+        "the run {} trains a model of {} parameters{} in {} rounds of {} local steps, {} tokens per site and round",
         spec.name,
         units::count(spec.model.manifest().parameters()),
+        start.map_or_else(String::new, |start| format!(", starting from {},", start.origin())),
         spec.rounds,
         spec.training.local_steps,
         units::count(spec.tokens(spec.training.local_steps)),
@@ -123,6 +159,7 @@ fn valid_document(specification: &Specification) -> Value {
         "problems": [],
         "name": spec.name,
         "spec_digest": RunSpec::digest(&specification.text),
+        "start": specification.start.as_ref().map(StartCheckpoint::origin),
         "parameters": spec.model.manifest().parameters(),
         "rounds": spec.rounds,
         "tokens_per_site_and_round": spec.tokens(spec.training.local_steps),
@@ -203,7 +240,7 @@ mod tests {
         let folder = folder(Some(&tokenizer));
         let specification = Specification::load(&folder.path().join("run.toml")).unwrap();
         let (fake, mut operator, _server) = FakeOperator::serve(Script::default()).await;
-        operator.create_run(tokio_stream::iter(specification.into_messages())).await.unwrap();
+        operator.create_run(tokio_stream::iter(specification.into_messages(None))).await.unwrap();
 
         let messages = std::mem::take(&mut fake.0.lock().unwrap().created);
         assert_eq!(messages[0].part, Some(Part::Specification(SPEC.to_owned())));

@@ -43,7 +43,11 @@ impl World {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let models = ModelFiles::new(folder.path().join("models"));
-        reduce::create_initial(&models, &run(), layout(), |_, values| values.fill(0.5)).unwrap();
+        let fill = |_, values: &mut [f32]| {
+            values.fill(0.5);
+            Ok::<_, ReduceError>(())
+        };
+        reduce::create_initial(&models, &run(), layout(), fill).unwrap();
         let early = EarlyFolds::new(models.clone(), 0, TaskTracker::new(), CancellationToken::new());
         early.expect(&run(), expected(&["north", "south"]));
         let spool = Spool::new(folder.path().join("spool"), SpoolLimits::default());
