@@ -12,8 +12,8 @@ use consort_common::{atomic_file, ids::Digest};
 use super::{
     ModelError, ModelFiles, ModelLayout, ModelVersion,
     files::{
-        DIGESTS_FILE, Digests, MOMENTUM_FILE, NewFiles, PARAMETERS_FILE, Place, RESIDUAL_FILE, UPDATE_FILE,
-        checksum,
+        DIGESTS_FILE, Digests, MOMENTUM_FILE, NewFiles, PARAMETERS_FILE, Place, RESIDUAL_FILE,
+        SECOND_MOMENT_FILE, UPDATE_FILE, checksum,
     },
     writeback::Writeback,
 };
@@ -28,6 +28,8 @@ pub(crate) struct NewChunk<'a> {
     pub parameters: &'a [f32],
     /// Of the outer optimizer.
     pub momentum: &'a [f32],
+    /// Of the same.
+    pub second_moment: &'a [f32],
     /// What rounding dropped.
     pub residual: &'a [f32],
     /// The parameters as they are sent, where that is not as they lie in memory.
@@ -42,7 +44,7 @@ pub(crate) struct ChunkRecord {
     whole: Digest,
     update: Option<Digest>,
     /// In the order of the parts.
-    checksums: [Option<u64>; 4],
+    checksums: [Option<u64>; 5],
 }
 
 /// A version that is being written. Dropped unfinished, it leaves nothing.
@@ -90,6 +92,11 @@ impl NewVersion {
             checksums: [
                 Some(self.write_part(&parts.parameters, PARAMETERS_FILE, index, parameters)?),
                 optional(&parts.momentum, MOMENTUM_FILE, bytemuck::cast_slice(chunk.momentum))?,
+                optional(
+                    &parts.second_moment,
+                    SECOND_MOMENT_FILE,
+                    bytemuck::cast_slice(chunk.second_moment),
+                )?,
                 optional(&parts.residual, RESIDUAL_FILE, bytemuck::cast_slice(chunk.residual))?,
                 optional(&parts.update, UPDATE_FILE, chunk.update_payload)?,
             ],
@@ -120,7 +127,7 @@ impl NewVersion {
                 sync.join().unwrap_or_else(|_| Err(io::Error::other("the thread that syncs failed")));
             synced.and(whole)
         });
-        let checksums = (0..4).map(|part| chunks.iter().filter_map(|chunk| chunk.checksums[part]).collect());
+        let checksums = (0..5).map(|part| chunks.iter().filter_map(|chunk| chunk.checksums[part]).collect());
         let digests = Digests {
             whole: whole.map_err(explain)?,
             chunks: chunks.iter().map(|chunk| chunk.whole).collect(),

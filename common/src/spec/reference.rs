@@ -122,6 +122,17 @@ mod tests {
             }),
             with(&|spec| spec.outer.optimizer = OuterOptimizer::FedAvg {}),
             with(&|spec| spec.outer.optimizer = OuterOptimizer::default()),
+            with(&|spec| {
+                spec.outer.optimizer = OuterOptimizer::Sgd { learning_rate: 1.0, momentum: 0.5 };
+            }),
+            with(&|spec| {
+                spec.outer.optimizer =
+                    OuterOptimizer::FedAdam { learning_rate: 0.1, beta1: 0.9, beta2: 0.9, tau: 0.1 };
+            }),
+            with(&|spec| {
+                spec.outer.optimizer =
+                    OuterOptimizer::FedYogi { learning_rate: 0.1, beta1: 0.9, beta2: 0.9, tau: 0.1 };
+            }),
         ]
     }
 
@@ -172,6 +183,6 @@ mod tests {
                 tried += 1;
             }
         }
-        assert_eq!(tried, 8, "alternatives in the reference");
+        assert_eq!(tried, 11, "alternatives in the reference");
     }
 }
