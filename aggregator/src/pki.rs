@@ -509,7 +509,7 @@ state_directory = "state"
 
 {tls}
 [data]
-# EDIT THIS: the folder with this site's text (.txt, .txt.gz, .jsonl, .jsonl.gz, .jsonl.zst).
+# EDIT THIS: the folder with this site's text (.txt and .jsonl, also .gz or .zst; .parquet).
 path = "data"
 
 [device]

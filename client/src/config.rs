@@ -18,7 +18,10 @@ use figment::{
 };
 use serde::Deserialize;
 
-use crate::trainer::DeviceChoice;
+use crate::{
+    data::{Share, Source, source_problems},
+    trainer::DeviceChoice,
+};
 
 /// Prefix of the environment variables that override the file.
 pub const ENVIRONMENT_PREFIX: &str = "CONSORT_CLIENT_";
@@ -29,10 +32,13 @@ const PATH_VARIABLE: &str = "config";
 /// Every key with its meaning and its default, in the form of a file; the defaults are taken from here.
 pub const REFERENCE: &str = include_str!("client.reference.toml");
 
-/// Keys that have no default: the reference's values for them are examples.
-const REQUIRED: [(&str, &str); 2] = [
-    ("endpoint", "write the aggregator's address, as in endpoint = \"aggregator.example.org:7443\""),
-    ("data.path", "write the folder with this site's text, as in [data] path = \"/srv/text\""),
+/// Keys that have no default: the reference's values for them are examples. One of each row must be given.
+const REQUIRED: [(&[&str], &str); 2] = [
+    (&["endpoint"], "write the aggregator's address, as in endpoint = \"aggregator.example.org:7443\""),
+    (
+        &["data.path", "data.sources"],
+        "write the folder with this site's text, as in [data] path = \"/srv/text\"",
+    ),
 ];
 
 /// Least and most seconds between two local checkpoints.
@@ -71,8 +77,49 @@ pub struct Config {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Data {
-    /// A folder of .txt, .txt.gz, .jsonl, .jsonl.gz or .jsonl.zst files, searched recursively.
+    /// A folder of .txt, .jsonl (each also .gz or .zst) and .parquet files, searched recursively. Means
+    /// nothing where there are `sources`.
     pub path: PathBuf,
+    /// The field of .jsonl lines, or the column of .parquet files, that is the text.
+    pub text_key: String,
+    /// Several folders instead of one.
+    pub sources: Vec<DataSource>,
+}
+
+/// One of several sources.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataSource {
+    /// What the site calls it.
+    pub name: String,
+    /// As `data.path`.
+    pub path: PathBuf,
+    /// As `data.text_key`, which is the default.
+    pub text_key: Option<String>,
+    /// Its part of the sequences, relative to the other sources' that are not replayed.
+    pub weight: Option<f64>,
+    /// Its part of all sequences.
+    pub replay_percent: Option<f64>,
+}
+
+impl Data {
+    /// The sources: those that are listed, or the one of `path`.
+    pub fn sources(&self) -> Vec<Source> {
+        if self.sources.is_empty() {
+            return vec![Source { text_key: self.text_key.clone(), ..Source::new(&self.path) }];
+        }
+        let source = |source: &DataSource| Source {
+            name: source.name.clone(),
+            path: source.path.clone(),
+            text_key: source.text_key.clone().unwrap_or_else(|| self.text_key.clone()),
+            share: match (source.replay_percent, source.weight) {
+                (Some(percent), _) => Share::ReplayPercent(percent),
+                (None, Some(weight)) => Share::Weight(weight),
+                (None, None) => Share::Tokens,
+            },
+        };
+        self.sources.iter().map(source).collect()
+    }
 }
 
 /// What computes.
@@ -153,6 +200,9 @@ impl Config {
             .unwrap_or_default();
         config.state_directory = folder.join(&config.state_directory);
         config.data.path = folder.join(&config.data.path);
+        for source in &mut config.data.sources {
+            source.path = folder.join(&source.path);
+        }
         config.tls = config.tls.relative_to(&folder);
         Ok(config)
     }
@@ -169,6 +219,9 @@ fn read(file: impl Provider, environment: impl Provider) -> Result<Config, Vec<S
         .filter_map(|(key, value)| {
             let figment = Figment::from(Toml::string(REFERENCE)).merge((key.as_str(), value));
             let error = figment.extract::<Config>().err()?;
+            // In a list, the path goes on below the key.
+            let within = error.path.join(".");
+            let key = if within.len() > key.len() { &within } else { key };
             Some(match error.kind {
                 Kind::UnknownField(_, allowed) => {
                     format!("{key}: there is no such key; there are {}", allowed.join(", "))
@@ -177,10 +230,15 @@ fn read(file: impl Provider, environment: impl Provider) -> Result<Config, Vec<S
             })
         })
         .collect();
-    for (key, advice) in REQUIRED {
-        if !given.iter().any(|(given, _)| given == key) {
-            problems.push(format!("{key}: is missing; {advice}"));
+    let is_empty = |value: &Value| matches!(value, Value::Array(_, values) if values.is_empty());
+    let is_given = |key: &str| given.iter().any(|(given, value)| given == key && !is_empty(value));
+    for (keys, advice) in REQUIRED {
+        if !keys.iter().any(|key| is_given(key)) {
+            problems.push(format!("{}: is missing; {advice}", keys[0]));
         }
+    }
+    if is_given("data.path") && is_given("data.sources") {
+        problems.push("data.path: is given beside data.sources; leave one of them out".to_owned());
     }
     let figment = given.iter().fold(Figment::from(Toml::string(REFERENCE)), |figment, (key, value)| {
         figment.merge((key.as_str(), value))
@@ -227,8 +285,23 @@ fn check(config: &Config) -> Vec<String> {
     if config.device.threads > THREADS_MAX {
         problems.push(format!("device.threads: is {}; allowed: 0 to {THREADS_MAX}", config.device.threads));
     }
+    check_data(&config.data, &mut problems);
     check_transfer(&config.transfer, &mut problems);
     problems
+}
+
+fn check_data(data: &Data, problems: &mut Vec<String>) {
+    for source in &data.sources {
+        if source.weight.is_some() && source.replay_percent.is_some() {
+            problems.push(format!(
+                "data.sources: source {:?} has a weight and a replay_percent; leave one of them out",
+                source.name
+            ));
+        }
+    }
+    problems.extend(
+        source_problems(&data.sources()).into_iter().map(|problem| format!("data.sources: {problem}")),
+    );
 }
 
 fn check_transfer(transfer: &Transfer, problems: &mut Vec<String>) {
@@ -323,6 +396,54 @@ mod tests {
         with("connections = 0", &["transfer.connections: is 0; allowed: 1 to 16"]);
         with("connections = 17", &["transfer.connections: is 17"]);
         with("upload_bytes_per_second = -1", &["transfer.upload_bytes_per_second: "]);
+    }
+
+    #[test]
+    fn several_sources_have_weights_or_are_replayed() {
+        // The reference's own example, as it is when it is no comment.
+        let example: String = REFERENCE
+            .lines()
+            .skip_while(|line| *line != "# [[data.sources]]")
+            .take_while(|line| line.starts_with('#'))
+            .map(|line| format!("{}\n", &line[2..]))
+            .collect();
+        let sources = |example: &str| {
+            let file = format!("endpoint = 'localhost:1'\n{example}");
+            read(Toml::string(&file), Serialized::defaults(Dict::new())).map(|config| config.data.sources())
+        };
+        let found = sources(&example).unwrap();
+        assert_eq!(
+            found.iter().map(|source| source.name.as_str()).collect::<Vec<_>>(),
+            ["notes", "letters", "general"]
+        );
+        assert_eq!(found[0].share, Share::Weight(2.0));
+        assert_eq!(found[1].text_key, "content");
+        assert_eq!(found[2].share, Share::ReplayPercent(5.0));
+
+        let check = |example: &str, expected: &[&str]| {
+            let found = sources(example).unwrap_err();
+            assert_eq!(found.len(), expected.len(), "{found:?}");
+            assert!(
+                found.iter().zip(expected).all(|(found, expected)| found.starts_with(expected)),
+                "{found:?}"
+            );
+        };
+        check("data.sources = []", &["data.path: is missing"]);
+        check(&format!("data.path = 'x'\n{example}"), &["data.path: is given beside"]);
+        check(
+            &example.replace("weight = 2.0", "wieght = 2.0"),
+            &["data.sources.0.wieght: there is no such key"],
+        );
+        check(
+            &example.replace("weight = 2.0", "weight = -1"),
+            &["data.sources: source \"notes\": the weight is -1"],
+        );
+        check(&example.replace("weight = 1.0", ""), &["data.sources: source \"notes\" has a weight and"]);
+        check(
+            &example.replace("weight = 2.0", "weight = 2.0\nreplay_percent = 5"),
+            &["data.sources: source \"notes\" has a weight and a replay_percent"],
+        );
+        check(&example.replace("\"letters\"", "\"notes\""), &["data.sources: source \"notes\": give each"]);
     }
 
     #[test]

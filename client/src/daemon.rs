@@ -1,6 +1,6 @@
 //! The daemon as a whole: puts the parts together, and takes them apart again in the right order.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use consort_common::{
     identity::Role,
@@ -13,6 +13,7 @@ use tracing::{info, warn};
 
 use crate::{
     config::Config,
+    data::Source,
     link::{Link, link},
     prepare::{self, Material},
     progress::Reporter,
@@ -58,7 +59,7 @@ pub struct Context {
     /// The daemon's files.
     pub state: StateDirectory,
     /// The site's text.
-    pub data_path: PathBuf,
+    pub sources: Vec<Source>,
     /// Time between two local checkpoints.
     pub checkpoint_interval: Duration,
     /// The thread that owns every tensor.
@@ -116,7 +117,7 @@ pub async fn run(config: &Config, stop: CancellationToken) -> Result<(), DaemonE
         reporter: Reporter::default(),
         site: credentials.identity().name.clone(),
         state,
-        data_path: config.data.path.clone(),
+        sources: config.data.sources(),
         checkpoint_interval: Duration::from_secs(config.training.checkpoint_seconds),
         worker,
         device,

@@ -273,7 +273,8 @@ impl<'a> LocalTraining<'a> {
         let RunSpec { model, training, .. } = request.text.spec;
         let plan = Plan::of(&request);
         let text = request.text.dataset.key;
-        let mut trainer = Trainer::new(model, training, request.steps, request.device)?;
+        let end_of_text = request.text.dataset.end_of_text;
+        let mut trainer = Trainer::new(model, training, request.steps, end_of_text, request.device)?;
         let progress = match checkpoint::load::<Progress>(&folder.checkpoint())? {
             Some(Checkpoint { progress, parameters, moments }) => {
                 let mut differences = progress.training.plan.differences(&plan);

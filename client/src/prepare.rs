@@ -57,7 +57,7 @@ struct Description {
 /// If the run and this site do not fit together, or the site's text cannot be used.
 pub async fn prepare(context: &Context, run: &RunId, cancel: &CancellationToken) -> Result<(), WorkError> {
     let material = material(context, run, cancel).await?;
-    let stats = &material.dataset.stats;
+    let stats = material.dataset.stats.total();
     let ready = |session_id| ReportReadyRequest {
         session_id,
         run: run.name.to_string(),
@@ -180,7 +180,7 @@ async fn tokenise(
     cancel: &CancellationToken,
 ) -> Result<Dataset, WorkError> {
     let request = PrepareRequest {
-        source: context.data_path.clone(),
+        sources: context.sources.clone(),
         cache: context.state.text(),
         tokenizer: Tokenizer::for_run(&spec.tokenizer, tokenizer)?,
         held_out_fraction: spec.evaluation.held_out_fraction,
@@ -194,16 +194,18 @@ async fn tokenise(
         data::prepare(&request, &progress, &|| cancel.is_cancelled())
     });
     let dataset = preparing.await.map_err(|error| WorkError::Internal(error.to_string()))??;
-    let stats = &dataset.stats;
-    info!(
-        "text: {} files, {} documents, {} tokens to train on, {} held out",
-        stats.files,
-        stats.documents(),
-        units::count(stats.train.tokens),
-        units::count(stats.held_out.tokens)
-    );
-    for skipped in &stats.skipped_listed {
-        warn!("skipped {skipped}");
+    for stats in &dataset.stats.sources {
+        info!(
+            "text of {:?}: {} files, {} documents, {} tokens to train on, {} held out",
+            stats.name,
+            stats.files,
+            stats.documents(),
+            units::count(stats.train.tokens),
+            units::count(stats.held_out.tokens)
+        );
+    }
+    for (source, skipped) in dataset.stats.skipped() {
+        warn!("skipped in {source:?}: {skipped}");
     }
     Ok(dataset)
 }

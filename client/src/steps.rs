@@ -137,7 +137,7 @@ pub struct Text<'a> {
 }
 
 impl Text<'_> {
-    fn feed(&self, cursor: Cursor) -> Result<Feed, DataError> {
+    fn feed(&self, cursor: &Cursor) -> Result<Feed, DataError> {
         let training = &self.spec.training;
         let train = self.dataset.train.clone();
         let mut sampler = Sampler::new(train, training.sequence_length as usize, self.spec.seed, self.site)?;
@@ -177,7 +177,7 @@ impl<'a, T: Clone + Serialize + Send + 'static> Steps<'a, T> {
         writer: Writer,
         checkpoint_interval: Duration,
     ) -> Result<Self, StepsError> {
-        let feed = text.feed(progress.cursor)?;
+        let feed = text.feed(&progress.cursor)?;
         let clock = (Instant::now(), feed.waited());
         Ok(Self {
             trainer,

@@ -22,6 +22,11 @@ fn byte_character(byte: u8) -> char {
     char::from_u32(256 + u32::try_from(shift).unwrap_or_default()).unwrap_or('\u{FFFD}')
 }
 
+/// GPT-2's printable character for each byte, by which byte-level tokenizers write their tokens.
+pub fn byte_characters() -> [char; 256] {
+    std::array::from_fn(|byte| byte_character(u8::try_from(byte).unwrap_or_default()))
+}
+
 /// `tokenizer.json` of the byte-level tokenizer.
 pub fn byte_tokenizer_json() -> String {
     let mut vocabulary: Map<String, Value> =
@@ -116,7 +121,7 @@ mod tests {
 
     #[test]
     fn each_byte_has_a_character_of_its_own() {
-        let characters: std::collections::BTreeSet<char> = (0..=255).map(byte_character).collect();
+        let characters: std::collections::BTreeSet<char> = byte_characters().into_iter().collect();
         assert_eq!(characters.len(), 256);
         assert_eq!(byte_character(b' '), 'Ġ');
         assert_eq!(byte_character(b'\n'), 'Ċ');

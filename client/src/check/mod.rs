@@ -93,7 +93,9 @@ pub async fn check(config_path: &Path, config: &Config, told: &dyn Fn(&Line)) ->
         }
     };
     let active = online(&mut report, &config.endpoint, credentials.as_ref()).await;
-    report.add("data", machine::data(&config.data.path));
+    for source in config.data.sources() {
+        report.add("data", machine::data(&source.path));
+    }
     report.add("disk", machine::disk(&config.state_directory, active.as_ref()));
     report.add("device", machine::device(config.device.kind, config.device.threads, active.as_ref()));
     report.lines

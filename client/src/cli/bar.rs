@@ -45,6 +45,19 @@ impl Bar {
 }
 
 impl Bar {
+    /// For what says nothing on its way: a spinner that turns by itself, or one line.
+    pub(super) fn waiting(what: &'static str) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new_spinner().with_message(what);
+            bar.enable_steady_tick(Duration::from_millis(100));
+            bar
+        });
+        if bar.is_none() {
+            eprintln!("{what}");
+        }
+        Self { what, bar, last_line: Instant::now() }
+    }
+
     /// Something happens, without a share of the whole.
     pub(super) fn pulse(&mut self, message: &str) {
         if let Some(bar) = &self.bar {

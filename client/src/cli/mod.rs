@@ -2,10 +2,12 @@
 //! more than call one function.
 
 mod bar;
+mod data;
 mod evaluate;
 mod generate;
 mod logits;
 mod text;
+mod tokenizer;
 mod train;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -69,6 +71,12 @@ enum Command {
     Generate(generate::GenerateArguments),
     /// Print the logits of a checkpoint as JSON, to compare it with another implementation
     Logits(logits::LogitsArguments),
+    /// Prepare text in advance, print what it consists of, check it
+    #[command(subcommand)]
+    Data(data::DataCommand),
+    /// Make a tokenizer from text
+    #[command(subcommand)]
+    Tokenizer(tokenizer::TokenizerCommand),
     /// Print every configuration key with its meaning and its default
     Reference,
     /// Print the version of this program and of its protocol
@@ -127,6 +135,8 @@ pub fn main() -> ExitCode {
         Command::Evaluate(arguments) => tool(log_format, || arguments.run()),
         Command::Generate(arguments) => tool(log_format, || arguments.run()),
         Command::Logits(arguments) => tool(log_format, || arguments.run()),
+        Command::Data(command) => tool(log_format, || command.run()),
+        Command::Tokenizer(command) => tool(log_format, || command.run()),
         Command::Reference => {
             print!("{}", config::REFERENCE);
             ExitCode::SUCCESS

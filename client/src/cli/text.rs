@@ -1,20 +1,19 @@
-//! A folder of text made ready for a command, and the loss measured on it.
+//! Text made ready for a command, and the loss measured on it.
 
 use std::path::Path;
 
 use anyhow::Result;
-use consort_common::model::Architecture;
 
 use super::bar::Bar;
 use crate::{
-    data::{self, Dataset, HeldOut, PrepareProgress, PrepareRequest, Tokenizer},
+    data::{self, Dataset, HeldOut, PrepareProgress, PrepareRequest, Source, Tokenizer},
     local,
-    trainer::{Device, EvaluationSum},
+    trainer::{EvaluationSum, LanguageModel},
 };
 
 /// Tokenises as a site would. Without a `cache` folder the tokens are gone when the dataset is.
 pub(super) fn prepare(
-    source: &Path,
+    sources: &[Source],
     cache: Option<&Path>,
     tokenizer: Tokenizer,
     held_out_fraction: f64,
@@ -24,7 +23,7 @@ pub(super) fn prepare(
     let temporary = tempfile::tempdir()?;
     let cache = cache.unwrap_or(temporary.path()).to_owned();
     let request =
-        PrepareRequest { source: source.to_owned(), cache, tokenizer, held_out_fraction, vocabulary_size };
+        PrepareRequest { sources: sources.to_owned(), cache, tokenizer, held_out_fraction, vocabulary_size };
     let bar = std::sync::Mutex::new(Bar::new("tokenising"));
     let tell = |progress: PrepareProgress| {
         if let Ok(mut bar) = bar.lock() {
@@ -35,13 +34,8 @@ pub(super) fn prepare(
     Ok(data::prepare(&request, &tell, cancelled)?)
 }
 
-/// The loss of the model `flat` on `held_out`, with progress.
-pub(super) fn measure(
-    architecture: &Architecture,
-    flat: &[f32],
-    held_out: &HeldOut,
-    device: Device,
-) -> Result<EvaluationSum> {
+/// The loss of `model` on `held_out`, with progress.
+pub(super) fn measure(model: &LanguageModel, held_out: &HeldOut) -> Result<EvaluationSum> {
     let bar = std::cell::RefCell::new(Bar::new("measuring"));
     let message = format!("{} tokens", held_out.tokens());
     // Asked before each batch, whose size is the model's business: a sign of life, without a share.
@@ -49,5 +43,5 @@ pub(super) fn measure(
         bar.borrow_mut().pulse(&message);
         false
     };
-    Ok(local::evaluate(architecture, flat, held_out, device, &alive)?)
+    Ok(local::evaluate(model, held_out, &alive)?)
 }

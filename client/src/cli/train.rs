@@ -19,7 +19,7 @@ use consort_common::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{DeviceArguments, bar::Bar, evaluate, text, until_signalled};
+use super::{DeviceArguments, bar::Bar, data::DataArguments, evaluate, text, until_signalled};
 use crate::{
     data::{DataError, Dataset, HeldOut, Tokenizer},
     local_training::{Folder, LocalProgress, LocalTraining, Request},
@@ -31,9 +31,8 @@ use crate::{
 pub(super) struct TrainArguments {
     /// The run's specification, as given to `consort runs create`
     specification: PathBuf,
-    /// Folder or file with text: .txt or .jsonl, also .gz or .zst
-    #[arg(long, value_name = "PATH")]
-    data: PathBuf,
+    #[command(flatten)]
+    data: DataArguments,
     /// Where the checkpoint goes: a new folder, or a checkpoint to be replaced
     #[arg(long, value_name = "FOLDER")]
     out: PathBuf,
@@ -89,7 +88,7 @@ impl TrainArguments {
         let start = self.start(&spec, &tokenizer)?;
         let cache = self.cache.clone().unwrap_or_else(|| folder.text());
         let dataset = text::prepare(
-            &self.data,
+            &self.data.sources,
             Some(&cache),
             tokenizer,
             spec.evaluation.held_out_fraction,
@@ -205,7 +204,7 @@ fn progress_text(progress: &LocalProgress, steps: u64) -> String {
 }
 
 /// The run's `tokenizer.json` and its end of text.
-fn tokenizer(spec: &TokenizerSpec, specification: &Path) -> Result<(String, String)> {
+pub(super) fn tokenizer(spec: &TokenizerSpec, specification: &Path) -> Result<(String, String)> {
     match spec {
         TokenizerSpec::Byte {} => Ok((byte_tokenizer_json(), BYTE_END_OF_TEXT.to_owned())),
         TokenizerSpec::File { path, end_of_text } => {

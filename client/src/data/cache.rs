@@ -3,8 +3,8 @@
 //! ```text
 //! lock                 held while data is prepared
 //! preparing/           what is being written; a leftover of a killed process is removed
-//! KEY/train.tokens     KEY: 64 hexadecimal digits, what the content follows from
-//! KEY/held_out.tokens
+//! KEY/train-0.tokens   KEY: 64 hexadecimal digits, what the content follows from; one file for each source
+//! KEY/held_out.tokens  of all sources
 //! KEY/stats.json
 //! ```
 //!
@@ -32,9 +32,13 @@ use super::{
 const KEYS_KEPT: usize = 4;
 const LOCK: &str = "lock";
 const PREPARING: &str = "preparing";
-const TRAIN: &str = "train.tokens";
-const HELD_OUT: &str = "held_out.tokens";
+pub(super) const HELD_OUT: &str = "held_out.tokens";
 const STATS: &str = "stats.json";
+
+/// The file with the training text of a source.
+pub(super) fn train(source: usize) -> String {
+    format!("train-{source}.tokens")
+}
 
 /// A cache that this process alone prepares in.
 pub(super) struct Cache {
@@ -43,15 +47,17 @@ pub(super) struct Cache {
     _lock: File,
 }
 
-/// Both shards while they are written.
+/// The shards while they are written.
 pub(super) struct Writers {
-    pub(super) train: ShardWriter,
+    /// By source.
+    pub(super) train: Vec<ShardWriter>,
     pub(super) held_out: ShardWriter,
 }
 
-/// Both shards and what was found when they were made.
+/// The shards and what was found when they were made.
 pub(super) struct Prepared {
-    pub(super) train: Shard,
+    /// By source.
+    pub(super) train: Vec<Shard>,
     pub(super) held_out: Shard,
     pub(super) stats: Stats,
 }
@@ -82,13 +88,18 @@ impl Cache {
         self.folder.join(key.to_string())
     }
 
-    /// What was prepared before under `key`, if it is there and whole. Damage is logged and counts as absence.
-    pub(super) fn reuse(&self, key: &Digest) -> Option<Prepared> {
+    /// What was prepared before of so many sources under `key`, if it is there and whole. Damage is logged and
+    /// counts as absence.
+    pub(super) fn reuse(&self, key: &Digest, sources: usize) -> Option<Prepared> {
         let folder = self.key_folder(key);
         if !folder.exists() {
             return None;
         }
         match load(&folder) {
+            Ok(prepared) if prepared.train.len() != sources => {
+                tracing::warn!(folder = %folder.display(), "prepared data is of other sources and is made anew");
+                None
+            }
             Ok(prepared) => {
                 mark_used(&folder);
                 Some(prepared)
@@ -110,17 +121,7 @@ impl Cache {
 
     /// Removes all but the newest keys. What cannot be removed is logged: it is only in the way.
     fn prune(&self) {
-        let is_key = |path: &Path| {
-            path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.parse::<Digest>().is_ok())
-        };
-        let entries = fs::read_dir(&self.folder).into_iter().flatten().filter_map(Result::ok);
-        let mut keys: Vec<(SystemTime, PathBuf)> = entries
-            .map(|entry| entry.path())
-            .filter(|path| is_key(path))
-            .filter_map(|path| Some((path.metadata().ok()?.modified().ok()?, path)))
-            .collect();
-        keys.sort_by(|a, b| b.cmp(a));
-        for (_, path) in keys.into_iter().skip(KEYS_KEPT) {
+        for (_, path) in keys(&self.folder).into_iter().flatten().skip(KEYS_KEPT) {
             if let Err(error) = remove(&path) {
                 tracing::warn!(%error, "old prepared data stays");
             }
@@ -129,17 +130,20 @@ impl Cache {
 }
 
 impl Preparing<'_> {
-    /// Both shards, empty. What was written before is gone.
-    pub(super) fn writers(&self, vocabulary: usize) -> Result<Writers, DataError> {
+    /// The shards of so many sources, empty. What was written before is gone.
+    pub(super) fn writers(&self, sources: usize, vocabulary: usize) -> Result<Writers, DataError> {
+        let create = |source| ShardWriter::create(self.folder.join(train(source)), vocabulary);
         Ok(Writers {
-            train: ShardWriter::create(self.folder.join(TRAIN), vocabulary)?,
+            train: (0..sources).map(create).collect::<Result<_, _>>()?,
             held_out: ShardWriter::create(self.folder.join(HELD_OUT), vocabulary)?,
         })
     }
 
     /// Makes everything durable, then visible under `key`, and drops the oldest keys.
     pub(super) fn commit(self, writers: Writers, stats: &Stats, key: &Digest) -> Result<Prepared, DataError> {
-        writers.train.finish()?;
+        for writer in writers.train {
+            writer.finish()?;
+        }
         writers.held_out.finish()?;
         self.write_stats(stats)?;
         let named = self.cache.key_folder(key);
@@ -166,24 +170,41 @@ impl Drop for Preparing<'_> {
     }
 }
 
+/// Maps what lies in a key's folder.
 fn load(folder: &Path) -> Result<Prepared, DataError> {
-    let path = folder.join(STATS);
-    let damaged = |path: &Path, reason: String| DataError::Corrupt { path: path.to_owned(), reason };
-    let json = fs::read(&path).map_err(|error| DataError::cache("open", &path, 0, error))?;
-    let stats: Stats = serde_json::from_slice(&json).map_err(|error| damaged(&path, error.to_string()))?;
-    let open = |name: &str, tokens: u64| {
-        let path = folder.join(name);
-        let shard = Shard::open(&path)?;
-        if shard.tokens() == tokens {
-            return Ok(shard);
-        }
-        Err(damaged(&path, format!("it has {} tokens, {STATS} says {tokens}", shard.tokens())))
-    };
+    let stats = load_stats(folder)?;
+    let open = |name: String, tokens: u64| Shard::open(&folder.join(name))?.expect_tokens(tokens);
+    let train =
+        stats.sources.iter().enumerate().map(|(index, source)| open(train(index), source.train.tokens));
     Ok(Prepared {
-        train: open(TRAIN, stats.train.tokens)?,
-        held_out: open(HELD_OUT, stats.held_out.tokens)?,
+        train: train.collect::<Result<_, _>>()?,
+        held_out: open(HELD_OUT.to_owned(), stats.total().held_out.tokens)?,
         stats,
     })
+}
+
+/// What was found when a key's folder was prepared.
+pub(super) fn load_stats(folder: &Path) -> Result<Stats, DataError> {
+    let path = folder.join(STATS);
+    let json = fs::read(&path).map_err(|error| DataError::cache("open", &path, 0, error))?;
+    serde_json::from_slice(&json).map_err(|error| DataError::Corrupt { path, reason: error.to_string() })
+}
+
+/// The folders in a cache that have a key's name, the last used first; they may be damaged.
+///
+/// # Errors
+/// If the cache is missing or unreadable.
+pub(super) fn keys(cache: &Path) -> Result<Vec<(Digest, PathBuf)>, DataError> {
+    let entries = fs::read_dir(cache).map_err(|error| DataError::cache("open", cache, 0, error))?;
+    let mut keys: Vec<(SystemTime, Digest, PathBuf)> = entries
+        .filter_map(Result::ok)
+        .filter_map(|entry| {
+            let key = entry.file_name().to_str()?.parse().ok()?;
+            Some((entry.metadata().ok()?.modified().ok()?, key, entry.path()))
+        })
+        .collect();
+    keys.sort_by(|a, b| (b.0, &b.2).cmp(&(a.0, &a.2)));
+    Ok(keys.into_iter().map(|(_, key, path)| (key, path)).collect())
 }
 
 fn remove(folder: &Path) -> Result<(), DataError> {

@@ -1,11 +1,13 @@
 //! Reading files: what documents are in them.
 //!
 //! A `.txt` file is cut into documents of at most [`TXT_DOCUMENT_BYTES_MAX`]; every line of a `.jsonl` file is
-//! a document, `{"text": "..."}` (other fields are allowed).
+//! a document, `{"text": "..."}` (other fields are allowed, and the source may name another for the text), and
+//! so is every row of a `.parquet` file.
 //!
 //! Files stream: never more than [`PIECE_BYTES_MAX`] of one is held. Nothing that a file contains is fatal:
 //! what cannot be used comes out as a fault with its place. A `.txt` file (or, where it is longer than a
-//! piece, that piece) with a fault is skipped whole; of a damaged `.jsonl` file the good lines are kept.
+//! piece, that piece) with a fault is skipped whole; of a damaged `.jsonl` or `.parquet` file the good lines and
+//! rows are kept.
 
 use std::{
     fs::File,
@@ -17,9 +19,13 @@ use std::{
     },
 };
 
-use serde::Deserialize;
+use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
-use super::source::{Compression, Format, SourceFile};
+use super::{
+    mixture::Source,
+    rows::{Row, Rows},
+    source::{Compression, Format, SourceFile},
+};
 
 /// Most bytes of one file held at a time, uncompressed. A longer line of a `.jsonl` file is skipped; a longer
 /// `.txt` file is read in several pieces.
@@ -37,7 +43,7 @@ const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 pub(super) struct Piece {
     /// Index in the listing.
     pub(super) file: usize,
-    /// Line in the file from 1, for lines.
+    /// Line or row in the file from 1, where it has such.
     pub(super) line: Option<u64>,
     pub(super) content: Content,
 }
@@ -48,6 +54,8 @@ pub(super) enum Content {
     Text(Vec<u8>),
     /// A line of a `.jsonl` file.
     JsonLine(Vec<u8>),
+    /// The text of a row of a `.parquet` file.
+    Row(Vec<u8>),
     /// Something that has to be skipped.
     Fault(String),
 }
@@ -56,14 +64,16 @@ impl Piece {
     /// Bytes held.
     pub(super) fn bytes(&self) -> usize {
         match &self.content {
-            Content::Text(bytes) | Content::JsonLine(bytes) => bytes.len(),
+            Content::Text(bytes) | Content::JsonLine(bytes) | Content::Row(bytes) => bytes.len(),
             Content::Fault(reason) => reason.len(),
         }
     }
 }
 
-/// Reads the files of a listing one after the other, piece by piece.
+/// Reads files one after the other, piece by piece.
 pub(super) struct Reader<'a> {
+    /// What the files' `source` counts in.
+    sources: &'a [Source],
     files: &'a [SourceFile],
     next_file: usize,
     open: Option<OpenFile>,
@@ -73,12 +83,20 @@ pub(super) struct Reader<'a> {
     piece_bytes_max: usize,
 }
 
-struct OpenFile {
-    stream: Box<dyn BufRead + Send>,
-    format: Format,
-    line: u64,
-    /// What was read of the next piece of a long `.txt` file.
-    carry: Vec<u8>,
+enum OpenFile {
+    Text {
+        stream: Box<dyn BufRead + Send>,
+        /// What was read of the next piece of a long file.
+        carry: Vec<u8>,
+    },
+    Lines {
+        stream: Box<dyn BufRead + Send>,
+        line: u64,
+    },
+    Rows {
+        rows: Box<Rows>,
+        row: u64,
+    },
 }
 
 struct Counted {
@@ -95,8 +113,9 @@ impl Read for Counted {
 }
 
 impl<'a> Reader<'a> {
-    pub(super) fn new(files: &'a [SourceFile]) -> Self {
+    pub(super) fn new(sources: &'a [Source], files: &'a [SourceFile]) -> Self {
         Self {
+            sources,
             files,
             next_file: 0,
             open: None,
@@ -108,28 +127,19 @@ impl<'a> Reader<'a> {
 
     /// Bytes on disk that have been dealt with.
     pub(super) fn bytes_read(&self) -> u64 {
-        self.bytes_before + self.bytes_of_open.load(Ordering::Relaxed)
+        // Of a .parquet file some bytes are read twice.
+        let of_open =
+            self.open.as_ref().and(self.next_file.checked_sub(1)).map_or(0, |file| self.files[file].bytes);
+        self.bytes_before + self.bytes_of_open.load(Ordering::Relaxed).min(of_open)
     }
 
     fn open_next(&mut self) -> Option<io::Result<()>> {
-        let source = self.files.get(self.next_file)?;
+        let file = self.files.get(self.next_file)?;
         self.next_file += 1;
-        Some(File::open(&source.path).and_then(|file| {
-            let raw = BufReader::with_capacity(
-                READ_BYTES,
-                Counted { file, bytes: Arc::clone(&self.bytes_of_open) },
-            );
-            let stream: Box<dyn BufRead + Send> = match source.compression {
-                Compression::None => Box::new(raw),
-                Compression::Gzip => {
-                    Box::new(BufReader::with_capacity(READ_BYTES, flate2::bufread::MultiGzDecoder::new(raw)))
-                }
-                Compression::Zstd => {
-                    Box::new(BufReader::with_capacity(READ_BYTES, zstd::Decoder::with_buffer(raw)?))
-                }
-            };
-            self.open = Some(OpenFile { stream, format: source.format, line: 0, carry: Vec::new() });
-            Ok(())
+        let bytes = Arc::clone(&self.bytes_of_open);
+        let key = &self.sources[file.source].text_key;
+        Some(File::open(&file.path).and_then(|open| OpenFile::new(file, open, bytes, key)).map(|open| {
+            self.open = Some(open);
         }))
     }
 
@@ -152,7 +162,7 @@ impl Iterator for Reader<'_> {
                     Err(error) => Err(error),
                 },
             };
-            let line = self.open.as_ref().map(|open| open.line).filter(|line| *line > 0);
+            let line = self.open.as_ref().and_then(OpenFile::line);
             let file = self.next_file - 1;
             match result {
                 Ok(Some(content)) => return Some(Piece { file, line, content }),
@@ -168,41 +178,86 @@ impl Iterator for Reader<'_> {
 }
 
 impl OpenFile {
+    fn new(file: &SourceFile, open: File, bytes: Arc<AtomicU64>, text_key: &str) -> io::Result<Self> {
+        if file.format == Format::Parquet {
+            return Ok(Self::Rows { rows: Box::new(Rows::open(open, bytes, text_key)?), row: 0 });
+        }
+        let raw = BufReader::with_capacity(READ_BYTES, Counted { file: open, bytes });
+        let stream: Box<dyn BufRead + Send> = match file.compression {
+            Compression::None => Box::new(raw),
+            Compression::Gzip => {
+                Box::new(BufReader::with_capacity(READ_BYTES, flate2::bufread::MultiGzDecoder::new(raw)))
+            }
+            Compression::Zstd => {
+                Box::new(BufReader::with_capacity(READ_BYTES, zstd::Decoder::with_buffer(raw)?))
+            }
+        };
+        Ok(match file.format {
+            Format::JsonLines => Self::Lines { stream, line: 0 },
+            Format::Text | Format::Parquet => Self::Text { stream, carry: Vec::new() },
+        })
+    }
+
+    /// Line or row of the piece that was read last.
+    fn line(&self) -> Option<u64> {
+        match self {
+            Self::Text { .. } => None,
+            Self::Lines { line: number, .. } | Self::Rows { row: number, .. } => {
+                Some(*number).filter(|number| *number > 0)
+            }
+        }
+    }
+
     fn next_piece(&mut self, bytes_max: usize) -> io::Result<Option<Content>> {
-        match self.format {
-            Format::Text => self.next_text(bytes_max),
-            Format::JsonLines => self.next_line(bytes_max),
+        match self {
+            Self::Text { stream, carry } => next_text(stream, carry, bytes_max),
+            Self::Lines { stream, line } => next_line(stream, line, bytes_max),
+            Self::Rows { rows, row } => {
+                let next = rows.next_row()?;
+                *row += 1;
+                Ok(next.map(|text| row_content(text, bytes_max)))
+            }
         }
     }
+}
 
-    fn next_text(&mut self, bytes_max: usize) -> io::Result<Option<Content>> {
-        let mut text = std::mem::take(&mut self.carry);
-        // One byte more than a piece tells a file of exactly its length from a longer one.
-        let wanted = bytes_max + 1 - text.len();
-        self.stream.by_ref().take(wanted as u64).read_to_end(&mut text)?;
-        if text.len() > bytes_max {
-            self.carry = text.split_off(cut_point(&text, bytes_max));
-        }
-        Ok((!text.is_empty()).then_some(Content::Text(text)))
+fn next_text(stream: &mut dyn BufRead, carry: &mut Vec<u8>, bytes_max: usize) -> io::Result<Option<Content>> {
+    let mut text = std::mem::take(carry);
+    // One byte more than a piece tells a file of exactly its length from a longer one.
+    let wanted = bytes_max + 1 - text.len();
+    stream.take(wanted as u64).read_to_end(&mut text)?;
+    if text.len() > bytes_max {
+        *carry = text.split_off(cut_point(&text, bytes_max));
     }
+    Ok((!text.is_empty()).then_some(Content::Text(text)))
+}
 
-    fn next_line(&mut self, bytes_max: usize) -> io::Result<Option<Content>> {
-        loop {
-            let mut line = Vec::new();
-            self.line += 1;
-            self.stream.by_ref().take(bytes_max as u64 + 1).read_until(b'\n', &mut line)?;
-            if line.is_empty() {
-                return Ok(None);
-            }
-            if line.len() > bytes_max && line.last() != Some(&b'\n') {
-                drop(line);
-                self.stream.skip_until(b'\n')?;
-                return Ok(Some(Content::Fault(format!("the line is longer than {bytes_max} bytes"))));
-            }
-            if !line.trim_ascii().is_empty() {
-                return Ok(Some(Content::JsonLine(line)));
-            }
+fn next_line(stream: &mut dyn BufRead, number: &mut u64, bytes_max: usize) -> io::Result<Option<Content>> {
+    loop {
+        let mut line = Vec::new();
+        *number += 1;
+        stream.take(bytes_max as u64 + 1).read_until(b'\n', &mut line)?;
+        if line.is_empty() {
+            return Ok(None);
         }
+        if line.len() > bytes_max && line.last() != Some(&b'\n') {
+            drop(line);
+            stream.skip_until(b'\n')?;
+            return Ok(Some(Content::Fault(format!("the line is longer than {bytes_max} bytes"))));
+        }
+        if !line.trim_ascii().is_empty() {
+            return Ok(Some(Content::JsonLine(line)));
+        }
+    }
+}
+
+fn row_content(text: Row, bytes_max: usize) -> Content {
+    match text {
+        None => Content::Fault("there is no text (null)".to_owned()),
+        Some(text) if text.len() > bytes_max => {
+            Content::Fault(format!("the text is longer than {bytes_max} bytes"))
+        }
+        Some(text) => Content::Row(text),
     }
 }
 
@@ -250,18 +305,13 @@ pub(super) struct Document {
     pub(super) digest: u64,
 }
 
-/// A line of a `.jsonl` file.
-#[derive(Deserialize)]
-struct JsonLine {
-    text: String,
-}
-
-/// The documents of a piece, or why it has to be skipped.
-pub(super) fn parse(content: Content) -> Result<Parsed, String> {
+/// The documents of a piece, or why it has to be skipped. `text_key` names the field of a line that is the text.
+pub(super) fn parse(content: Content, text_key: &str) -> Result<Parsed, String> {
     let (text, document_bytes_max) = match content {
         Content::Fault(reason) => return Err(reason),
         Content::Text(bytes) => (parse_text(bytes)?, TXT_DOCUMENT_BYTES_MAX),
-        Content::JsonLine(bytes) => (parse_json_line(&bytes)?, usize::MAX),
+        Content::JsonLine(bytes) => (parse_json_line(&bytes, text_key)?, usize::MAX),
+        Content::Row(bytes) => (parse_text(bytes)?, usize::MAX),
     };
     let mut start = 0;
     let documents = parts(&text, document_bytes_max)
@@ -294,12 +344,70 @@ fn parse_text(mut bytes: Vec<u8>) -> Result<String, String> {
 }
 
 /// The reasons are in our own words: serde's quote the line, and content belongs in no report.
-fn parse_json_line(bytes: &[u8]) -> Result<String, String> {
+fn parse_json_line(bytes: &[u8], text_key: &str) -> Result<String, String> {
     let bytes = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(bytes);
-    serde_json::from_slice::<JsonLine>(bytes).map(|line| line.text).map_err(|error| match error.classify() {
-        serde_json::error::Category::Data => "not an object with a string \"text\"".to_owned(),
+    let mut json = serde_json::Deserializer::from_slice(bytes);
+    let text = JsonLine { text_key }.deserialize(&mut json).and_then(|text| json.end().map(|()| text));
+    text.map_err(|error| match error.classify() {
+        serde_json::error::Category::Data => format!("not an object with a string {text_key:?}"),
         _ => format!("not JSON (column {})", error.column()),
     })
+}
+
+/// An object of which one field's string is wanted. Nothing is kept of the other fields.
+struct JsonLine<'a> {
+    text_key: &'a str,
+}
+
+impl<'de> DeserializeSeed<'de> for JsonLine<'_> {
+    type Value = String;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<String, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for JsonLine<'_> {
+    type Value = String;
+
+    fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<String, A::Error> {
+        let mut text = None;
+        while let Some(is_text) = fields.next_key_seed(IsKey(self.text_key))? {
+            if is_text {
+                text = Some(fields.next_value()?);
+            } else {
+                fields.next_value::<IgnoredAny>()?;
+            }
+        }
+        text.ok_or_else(|| A::Error::custom("the text is missing"))
+    }
+}
+
+/// Whether a field's name is the one that is looked for.
+struct IsKey<'a>(&'a str);
+
+impl<'de> DeserializeSeed<'de> for IsKey<'_> {
+    type Value = bool;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<bool, D::Error> {
+        deserializer.deserialize_identifier(self)
+    }
+}
+
+impl Visitor<'_> for IsKey<'_> {
+    type Value = bool;
+
+    fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("a field's name")
+    }
+
+    fn visit_str<E>(self, name: &str) -> Result<bool, E> {
+        Ok(name == self.0)
+    }
 }
 
 #[cfg(test)]

@@ -22,8 +22,8 @@ pub enum DataError {
     },
     /// The source holds no file of a known kind.
     #[error(
-        "no text in {path}: expected files ending in .txt or .jsonl, optionally with .gz or .zst after it, and found \
-         {other_files} other files; put text there or name another directory"
+        "no text in {path}: expected files ending in .txt or .jsonl, optionally with .gz or .zst after it, or in \
+         .parquet, and found {other_files} other files; put text there or name another directory"
     )]
     NoFiles {
         /// The source as configured.
@@ -41,11 +41,17 @@ pub enum DataError {
         /// The most that are listed.
         limit: usize,
     },
+    /// The sources do not go together.
+    #[error("the data sources cannot be used: {}", problems.join("; "))]
+    Sources {
+        /// All that is wrong.
+        problems: Vec<String>,
+    },
     /// Files are there, but not one usable document.
-    #[error("no usable document in the {files} files of {path}; {first_fault}")]
+    #[error("no usable document in the {files} files of {paths}; {first_fault}")]
     NoDocuments {
-        /// The source as configured.
-        path: PathBuf,
+        /// The sources as configured.
+        paths: String,
         /// Files read.
         files: u64,
         /// The first thing that was wrong, in words.
@@ -72,8 +78,8 @@ pub enum DataError {
          training.sequence_length", sequence_length + 1
     )]
     TooShort {
-        /// "training" or "held-out".
-        what: &'static str,
+        /// "training", with the name of its source where there are several, or "held-out".
+        what: String,
         /// Tokens in the shard.
         tokens: u64,
         /// Tokens that a sequence predicts.
@@ -96,6 +102,12 @@ pub enum DataError {
     #[error("the run's tokenizer.json cannot be used: {reason}; the run's operator must provide another")]
     Tokenizer {
         /// What the tokenizers library said, or what is missing.
+        reason: String,
+    },
+    /// No tokenizer can be made.
+    #[error("a tokenizer cannot be made: {reason}")]
+    TokenizerTraining {
+        /// What is asked too much, or what the tokenizers library said.
         reason: String,
     },
     /// The tokenizer has ids that the model has no embedding for.
@@ -128,6 +140,14 @@ pub enum DataError {
         path: PathBuf,
         /// What the system said.
         source: io::Error,
+    },
+    /// A cache has no prepared text.
+    #[error(
+        "no text was prepared in {path}: name the folder that `data prepare` was given as --cache, or `text` in a daemon's state directory"
+    )]
+    NothingPrepared {
+        /// The cache.
+        path: PathBuf,
     },
     /// Somebody else prepares data in the same cache.
     #[error(

@@ -110,8 +110,8 @@ impl Feed {
     /// Where the next batch begins.
     pub fn cursor(&self) -> Cursor {
         match &self.taken {
-            Some(batch) if !self.put_back => batch.cursor,
-            _ => self.before,
+            Some(batch) if !self.put_back => batch.cursor.clone(),
+            _ => self.before.clone(),
         }
     }
 
@@ -155,13 +155,16 @@ mod tests {
     use proptest::prelude::*;
 
     use super::{
-        super::shard::tests::{owners, shard_of},
+        super::{
+            sampler::tests::mixture_of,
+            shard::tests::{owners, shard_of},
+        },
         *,
     };
 
     fn sampler(vocabulary: usize) -> Sampler {
         let ids: Vec<u32> = (0..100).collect();
-        Sampler::new(shard_of(&ids, vocabulary), 7, 1, "a").unwrap()
+        Sampler::new(mixture_of(shard_of(&ids, vocabulary)), 7, 1, "a").unwrap()
     }
 
     fn expected(batches: usize, sequences: usize) -> Vec<(Vec<i64>, Cursor)> {
@@ -194,7 +197,7 @@ mod tests {
                 stop -= 1;
             }
             let mut resumed = sampler(1_000);
-            resumed.seek(feed.cursor());
+            resumed.seek(&feed.cursor());
             let mut resumed = Feed::new(resumed, sequences).unwrap();
             for (tokens, cursor) in &expected[stop..] {
                 for feed in [&mut feed, &mut resumed] {
@@ -225,7 +228,7 @@ mod tests {
     fn a_feed_that_is_dropped_ends_its_thread() {
         let ids: Vec<u32> = (0..100).collect();
         let shard = shard_of(&ids, 1_000);
-        let mut feed = Feed::new(Sampler::new(shard.clone(), 7, 1, "a").unwrap(), 2).unwrap();
+        let mut feed = Feed::new(Sampler::new(mixture_of(shard.clone()), 7, 1, "a").unwrap(), 2).unwrap();
         feed.next_batch().unwrap();
         assert_eq!(owners(&shard), 2);
         drop(feed);

@@ -26,7 +26,7 @@ impl HeldOut {
         let tokens = shard.tokens();
         let length = sequence_length as u64;
         if length == 0 || tokens <= length {
-            return Err(DataError::TooShort { what: "held-out", tokens, sequence_length });
+            return Err(DataError::TooShort { what: "held-out".to_owned(), tokens, sequence_length });
         }
         let windows_in_shard = (tokens - 1) / length;
         let windows = windows_in_shard.min((tokens_max / length).max(1));
@@ -43,7 +43,7 @@ impl HeldOut {
         let tokens = shard.tokens();
         let length = sequence_length as u64;
         if length == 0 || tokens == 0 {
-            return Err(DataError::TooShort { what: "measured", tokens, sequence_length });
+            return Err(DataError::TooShort { what: "measured".to_owned(), tokens, sequence_length });
         }
         let windows = tokens.div_ceil(length);
         let before_first = Some(i64::from(end_of_text));

@@ -9,22 +9,32 @@ mod documents;
 mod error;
 mod feed;
 mod held_out;
+mod inspect;
+mod lengths;
+mod mixture;
 mod prepare;
+mod rows;
 mod sampler;
 mod shard;
 mod source;
 mod stats;
 mod tokenizer;
+mod train_tokenizer;
+mod words;
 
 pub use self::{
     documents::{PIECE_BYTES_MAX, TXT_DOCUMENT_BYTES_MAX},
     error::DataError,
     feed::Feed,
     held_out::HeldOut,
+    inspect::{Inspected, Verified, inspect},
+    lengths::Lengths,
+    mixture::{Mixture, Part, Share, Source, problems as source_problems},
     prepare::{Dataset, PrepareProgress, PrepareRequest, prepare},
-    sampler::{Cursor, Sampler},
+    sampler::{Cursor, Sampler, SourceCursor},
     shard::Shard,
     source::{Survey, survey},
-    stats::{Skipped, SplitStats, Stats},
+    stats::{Skipped, SourceStats, SplitStats, Stats},
     tokenizer::Tokenizer,
+    train_tokenizer::{TokenizerRequest, TrainedTokenizer, train_tokenizer},
 };

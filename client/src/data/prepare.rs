@@ -1,14 +1,11 @@
-//! From a source to shards: reads, parses, drops duplicates, splits, tokenises and writes, batch by batch.
+//! From sources to shards: reads, parses, drops duplicates, splits, tokenises and writes, batch by batch.
 //!
 //! The next batch is read while the current one is parsed, hashed and encoded on all cores; documents are
-//! written in the order of the source, so the shards are the same bytes whatever the number of threads.
+//! written in the order of the sources, so the shards are the same bytes whatever the number of threads.
 //! Memory is two batches (each [`BATCH_BYTES`] and one piece more) with their tokens, and eight bytes for
 //! every distinct document.
 
-use std::{
-    collections::HashSet,
-    path::{Path, PathBuf},
-};
+use std::{collections::HashSet, path::PathBuf};
 
 use consort_common::ids::Digest;
 use rayon::prelude::*;
@@ -17,9 +14,10 @@ use super::{
     cache::{Cache, Prepared, Preparing, Writers},
     documents::{self, Parsed, Piece, Reader},
     error::DataError,
-    shard::{Shard, ShardWriter, TokenWidth},
-    source::{self, Listing},
-    stats::{Skipped, SplitStats, Stats},
+    mixture::{self, Mixture, Source},
+    shard::{Shard, TokenWidth},
+    source::{self, SourceFile},
+    stats::{Skipped, SourceStats, Stats},
     tokenizer::Tokenizer,
 };
 
@@ -30,14 +28,14 @@ const BATCH_PIECES_MAX: usize = 1 << 16;
 /// Documents that later ones are compared with: 2^27 digests take some 2 GB. Past it duplicates of later
 /// documents go unnoticed, and are counted as not compared.
 const DIGESTS_MAX: usize = 1 << 27;
-/// Changes whenever the same source would give other shards.
-const PREPARATION_VERSION: u32 = 1;
+/// Changes whenever the same sources would give other shards.
+const PREPARATION_VERSION: u32 = 2;
 
 /// What to prepare, from where, into where.
 #[derive(Clone)]
 pub struct PrepareRequest {
-    /// A directory or a file with the site's text.
-    pub source: PathBuf,
+    /// The site's text.
+    pub sources: Vec<Source>,
     /// A folder of the client's state; made if needed.
     pub cache: PathBuf,
     /// The run's tokenizer.
@@ -51,9 +49,9 @@ pub struct PrepareRequest {
 /// How far preparing is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PrepareProgress {
-    /// Bytes of the source's files that were read, as they are on disk.
+    /// Bytes of the sources' files that were read, as they are on disk.
     pub bytes_read: u64,
-    /// Bytes of the source's files.
+    /// Bytes of the sources' files.
     pub bytes_total: u64,
     /// Distinct documents so far.
     pub documents: u64,
@@ -65,16 +63,21 @@ pub struct PrepareProgress {
 #[derive(Debug, Clone)]
 pub struct Dataset {
     /// What is trained on.
-    pub train: Shard,
-    /// What is measured on.
+    pub train: Mixture,
+    /// What is measured on: of all sources in their order, as much as each has, whatever its share.
     pub held_out: Shard,
     /// What was found when they were made.
     pub stats: Stats,
-    /// Identifies the content: a [`super::Cursor`] belongs to one key.
+    /// Identifies the text and the sources' shares: a [`super::Cursor`] belongs to one key.
     pub key: Digest,
+    /// Names what was prepared, in the cache; other shares of the same text do not change it.
+    pub cache_key: Digest,
+    /// The token that ends every document.
+    pub end_of_text: u32,
 }
 
-/// Prepares a source, or finds it prepared: by tokenizer, fraction and the files' names, sizes and times.
+/// Prepares sources, or finds them prepared: by tokenizer, fraction, the sources' names and the files' names,
+/// sizes and times. Shares change nothing in what is prepared.
 ///
 /// A document is held out if the first 64 bits of its BLAKE3, as a fraction of 2^64, are less than
 /// `held_out_fraction`: whichever other documents there are, and wherever it lies. Should that hold out none
@@ -92,29 +95,72 @@ pub fn prepare(
     if !(0.0..1.0).contains(&request.held_out_fraction) {
         return Err(DataError::HeldOutFraction(request.held_out_fraction));
     }
+    let problems = mixture::problems(&request.sources);
+    if !problems.is_empty() {
+        return Err(DataError::Sources { problems });
+    }
     request.tokenizer.check_vocabulary(request.vocabulary_size)?;
-    let listing = source::list(&request.source)?;
-    let key = key(request, &listing);
+    let files = Files::list(&request.sources)?;
+    let cache_key = cache_key(request, &files);
     let cache = Cache::open(&request.cache)?;
-    let prepared = match cache.reuse(&key) {
+    let prepared = match cache.reuse(&cache_key, request.sources.len()) {
         Some(prepared) => prepared,
-        None => Preparation { request, listing: &listing, progress, cancelled }.run(&cache, &key)?,
+        None => Preparation { request, files: &files, progress, cancelled }.run(&cache, &cache_key)?,
     };
     let Prepared { train, held_out, stats } = prepared;
-    Ok(Dataset { train, held_out, stats, key })
+    let train = Mixture::new(&request.sources, train);
+    let end_of_text = request.tokenizer.end_of_text();
+    Ok(Dataset { key: key(&cache_key, &train), train, held_out, stats, cache_key, end_of_text })
+}
+
+/// The files of all sources, in the order of the sources.
+struct Files {
+    files: Vec<SourceFile>,
+    /// By source: what could not be looked at.
+    faults: Vec<Vec<Skipped>>,
+}
+
+impl Files {
+    fn list(sources: &[Source]) -> Result<Self, DataError> {
+        let mut all = Self { files: Vec::new(), faults: Vec::new() };
+        for (index, source) in sources.iter().enumerate() {
+            let listing = source::list(&source.path, index)?;
+            all.files.extend(listing.files);
+            all.faults.push(listing.faults);
+        }
+        Ok(all)
+    }
+}
+
+/// What the order of training follows from, as far as it is the text's business.
+fn key(cache_key: &Digest, train: &Mixture) -> Digest {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(cache_key.as_bytes());
+    for part in train.parts() {
+        hasher.update(&part.share.to_le_bytes());
+    }
+    hasher.finalize().into()
 }
 
 /// What the shards' content follows from.
-fn key(request: &PrepareRequest, listing: &Listing) -> Digest {
+fn cache_key(request: &PrepareRequest, files: &Files) -> Digest {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&PREPARATION_VERSION.to_le_bytes());
     hasher.update(request.tokenizer.digest().as_bytes());
     hasher.update(&request.tokenizer.end_of_text().to_le_bytes());
     hasher.update(&request.held_out_fraction.to_le_bytes());
     hasher.update(&(request.vocabulary_size as u64).to_le_bytes());
-    for file in &listing.files {
-        let name = file.relative.as_os_str().as_encoded_bytes();
-        hasher.update(&(name.len() as u64).to_le_bytes()).update(name);
+    hasher.update(&(request.sources.len() as u64).to_le_bytes());
+    let text = |hasher: &mut blake3::Hasher, text: &[u8]| {
+        hasher.update(&(text.len() as u64).to_le_bytes()).update(text);
+    };
+    for source in &request.sources {
+        text(&mut hasher, source.name.as_bytes());
+        text(&mut hasher, source.text_key.as_bytes());
+    }
+    for file in &files.files {
+        hasher.update(&(file.source as u64).to_le_bytes());
+        text(&mut hasher, file.relative.as_os_str().as_encoded_bytes());
         hasher.update(&file.bytes.to_le_bytes()).update(&file.modified_ns.to_le_bytes());
     }
     hasher.finalize().into()
@@ -122,7 +168,7 @@ fn key(request: &PrepareRequest, listing: &Listing) -> Digest {
 
 struct Preparation<'a> {
     request: &'a PrepareRequest,
-    listing: &'a Listing,
+    files: &'a Files,
     progress: &'a (dyn Fn(PrepareProgress) + Sync),
     cancelled: &'a (dyn Fn() -> bool + Sync),
 }
@@ -134,33 +180,52 @@ impl Preparation<'_> {
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
         let threshold = (self.request.held_out_fraction * 2f64.powi(64)) as u64;
         let mut pass = self.pass(&preparing, threshold)?;
-        if threshold > 0 && pass.stats.held_out.documents == 0 && pass.stats.train.documents > 1 {
-            // A source that small is soon read again.
+        let found = pass.stats.total();
+        if threshold > 0 && found.held_out.documents == 0 && found.train.documents > 1 {
+            // So little is soon read again.
             let smallest = pass.smallest_digest;
             drop(pass);
             pass = self.pass(&preparing, smallest.saturating_add(1))?;
         }
         let Pass { writers, stats, .. } = pass;
-        check_split(&self.request.source, &stats, threshold > 0)?;
+        check_split(&self.request.sources, &stats, threshold > 0)?;
         preparing.commit(writers, &stats, key)
     }
 
-    /// Reads the whole source once.
+    /// What is known before anything is read.
+    fn empty_stats(&self) -> Stats {
+        let named = |(index, source): (usize, &Source)| {
+            let files = self.files.files.iter().filter(|file| file.source == index);
+            let mut stats = SourceStats {
+                name: source.name.clone(),
+                files: files.clone().count() as u64,
+                file_bytes: files.map(|file| file.bytes).sum(),
+                ..SourceStats::default()
+            };
+            for fault in &self.files.faults[index] {
+                stats.skip(fault.clone());
+            }
+            stats
+        };
+        Stats { sources: self.request.sources.iter().enumerate().map(named).collect() }
+    }
+
+    /// Reads all sources once.
     fn pass(&self, preparing: &Preparing<'_>, threshold: u64) -> Result<Pass<'_>, DataError> {
+        let Self { request, files, .. } = self;
         let mut pass = Pass {
-            request: self.request,
-            listing: self.listing,
+            request,
+            files: &files.files,
             threshold,
-            writers: preparing.writers(self.request.vocabulary_size)?,
-            stats: Stats { files: self.listing.files.len() as u64, ..Stats::default() },
+            writers: preparing.writers(request.sources.len(), request.vocabulary_size)?,
+            stats: self.empty_stats(),
+            documents: 0,
+            tokens: 0,
             seen: HashSet::new(),
             smallest_digest: u64::MAX,
         };
-        for fault in &self.listing.faults {
-            pass.stats.skip(fault.clone());
-        }
-        let bytes_total = self.listing.files.iter().map(|file| file.bytes).sum();
-        let mut reader = Reader::new(&self.listing.files);
+        let bytes_total = files.files.iter().map(|file| file.bytes).sum();
+        let mut reader = Reader::new(&request.sources, &files.files);
         let mut batch = self.read_batch(&mut reader)?;
         while !batch.is_empty() {
             let (next, processed) = rayon::join(|| self.read_batch(&mut reader), || pass.process(batch));
@@ -169,12 +234,10 @@ impl Preparation<'_> {
             (self.progress)(PrepareProgress {
                 bytes_read: reader.bytes_read(),
                 bytes_total,
-                documents: pass.stats.documents(),
-                tokens: pass.writers.train.tokens() + pass.writers.held_out.tokens(),
+                documents: pass.documents,
+                tokens: pass.tokens,
             });
         }
-        pass.stats.train = split_stats(pass.stats.train, &pass.writers.train);
-        pass.stats.held_out = split_stats(pass.stats.held_out, &pass.writers.held_out);
         Ok(pass)
     }
 
@@ -193,13 +256,17 @@ impl Preparation<'_> {
     }
 }
 
-/// One reading of the source.
+/// One reading of the sources.
 struct Pass<'a> {
     request: &'a PrepareRequest,
-    listing: &'a Listing,
+    files: &'a [SourceFile],
     threshold: u64,
     writers: Writers,
     stats: Stats,
+    /// Distinct documents so far.
+    documents: u64,
+    /// Their tokens.
+    tokens: u64,
     /// 64 bits tell documents apart: among 10^8 the chance of one false duplicate is 3 in 10,000.
     seen: HashSet<u64>,
     smallest_digest: u64,
@@ -209,73 +276,80 @@ impl Pass<'_> {
     fn process(&mut self, batch: Vec<Piece>) -> Result<(), DataError> {
         let parsed: Vec<_> = batch
             .into_par_iter()
-            .map(|piece| (piece.file, piece.line, documents::parse(piece.content)))
+            .map(|piece| {
+                let source = self.files[piece.file].source;
+                let text_key = &self.request.sources[source].text_key;
+                (source, piece.file, piece.line, documents::parse(piece.content, text_key))
+            })
             .collect();
         let mut chosen = Vec::new();
-        for (file, line, result) in &parsed {
+        for (source, file, line, result) in &parsed {
             match result {
                 Ok(Parsed { text, documents }) => chosen.extend(
                     documents
                         .iter()
-                        .map(|document| (document.digest, &text[document.range.clone()]))
-                        .filter(|(digest, text)| self.is_new(*digest, text)),
+                        .map(|document| (*source, document.digest, &text[document.range.clone()]))
+                        .filter(|(_, digest, text)| self.is_new(*source, *digest, text)),
                 ),
                 Err(reason) => {
-                    let file = self.listing.files[*file].relative.display().to_string();
-                    self.stats.skip(Skipped { file, line: *line, reason: reason.clone() });
+                    let file = self.files[*file].relative.display().to_string();
+                    self.stats.sources[*source].skip(Skipped { file, line: *line, reason: reason.clone() });
                 }
             }
         }
-        let texts: Vec<&str> = chosen.iter().map(|(_, text)| *text).collect();
+        let texts: Vec<&str> = chosen.iter().map(|(.., text)| *text).collect();
         let width = TokenWidth::for_vocabulary(self.request.vocabulary_size);
         let encoded = self.request.tokenizer.encode_batch(&texts, width)?;
-        for ((digest, text), encoded) in chosen.into_iter().zip(encoded) {
+        for ((source, digest, text), encoded) in chosen.into_iter().zip(encoded) {
+            let stats = &mut self.stats.sources[source];
             let (split, writer) = if digest < self.threshold {
-                (&mut self.stats.held_out, &mut self.writers.held_out)
+                (&mut stats.held_out, &mut self.writers.held_out)
             } else {
-                (&mut self.stats.train, &mut self.writers.train)
+                (&mut stats.train, &mut self.writers.train[source])
             };
-            split.documents += 1;
-            writer.append(&encoded, text.len())?;
+            let tokens = writer.append(&encoded, text.len())?;
+            split.add(tokens, text.len() as u64);
+            stats.lengths.add(tokens);
+            self.documents += 1;
+            self.tokens += tokens;
         }
         Ok(())
     }
 
     /// Whether a document is neither blank nor a repetition; counts it if it is.
-    fn is_new(&mut self, digest: u64, text: &str) -> bool {
+    fn is_new(&mut self, source: usize, digest: u64, text: &str) -> bool {
+        let stats = &mut self.stats.sources[source];
         if text.trim().is_empty() {
-            self.stats.blank += 1;
+            stats.blank += 1;
             return false;
         }
         if self.seen.contains(&digest) {
-            self.stats.duplicates += 1;
+            stats.duplicates += 1;
             return false;
         }
         if self.seen.len() < DIGESTS_MAX {
             self.seen.insert(digest);
         } else {
-            self.stats.not_compared += 1;
+            stats.not_compared += 1;
         }
         self.smallest_digest = self.smallest_digest.min(digest);
         true
     }
 }
 
-fn split_stats(counted: SplitStats, writer: &ShardWriter) -> SplitStats {
-    SplitStats { tokens: writer.tokens(), text_bytes: writer.text_bytes(), ..counted }
-}
-
-fn check_split(source: &Path, stats: &Stats, holds_out: bool) -> Result<(), DataError> {
-    if stats.documents() == 0 {
-        let first_fault = match stats.skipped_listed.first() {
-            Some(skipped) => format!("the first of {} faults: {skipped}", stats.skipped),
+fn check_split(sources: &[Source], stats: &Stats, holds_out: bool) -> Result<(), DataError> {
+    let total = stats.total();
+    if total.documents() == 0 {
+        let first_fault = match stats.skipped().next() {
+            Some((_, skipped)) => format!("the first of {} faults: {skipped}", total.skipped),
             None => "all are empty or blank".to_owned(),
         };
-        return Err(DataError::NoDocuments { path: source.to_owned(), files: stats.files, first_fault });
+        let paths: Vec<String> = sources.iter().map(|source| source.path.display().to_string()).collect();
+        return Err(DataError::NoDocuments { paths: paths.join(", "), files: total.files, first_fault });
     }
-    let (train, held_out) = (stats.train.documents, stats.held_out.documents);
+    let (train, held_out) = (total.train.documents, total.held_out.documents);
     if train == 0 || (holds_out && held_out == 0) {
-        return Err(DataError::EmptySplit { documents: stats.documents(), train, held_out });
+        return Err(DataError::EmptySplit { documents: total.documents(), train, held_out });
     }
     Ok(())
 }

@@ -7,8 +7,8 @@
 //!       16..24  tokens, u64
 //!       24..32  UTF-8 bytes of the text that they encode, u64
 //!       32..40  vocabulary: every token is less than this, u64
-//!       40..64  zeros
-//!       64..    the tokens; each document is followed by the end-of-text token
+//!       40..72  BLAKE3 of the tokens and of the 40 bytes before it
+//!       72..    the tokens; each document is followed by the end-of-text token
 //! ```
 
 use std::{
@@ -25,9 +25,13 @@ use super::error::DataError;
 
 const MAGIC: &[u8; 8] = b"CONSTOKN";
 /// Changes with the header's layout.
-const FORMAT_VERSION: u32 = 1;
-const HEADER_BYTES: usize = 64;
+const FORMAT_VERSION: u32 = 2;
+const HEADER_BYTES: usize = 72;
+/// Before the digest.
+const FIELDS_BYTES: usize = 40;
 const WRITE_BYTES: usize = 1 << 20;
+/// Hashed at a time when a shard is verified.
+const VERIFY_BYTES: usize = 8 << 20;
 
 /// Size of a token on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,8 +73,9 @@ struct Header {
 }
 
 impl Header {
-    fn encode(&self) -> [u8; HEADER_BYTES] {
-        let mut bytes = [0; HEADER_BYTES];
+    /// All but the digest.
+    fn encode(&self) -> [u8; FIELDS_BYTES] {
+        let mut bytes = [0; FIELDS_BYTES];
         bytes[..8].copy_from_slice(MAGIC);
         bytes[8..12].copy_from_slice(&FORMAT_VERSION.to_le_bytes());
         bytes[12] = if self.width == TokenWidth::U16 { 2 } else { 4 };
@@ -116,6 +121,8 @@ pub(super) struct ShardWriter {
     path: PathBuf,
     file: BufWriter<File>,
     header: Header,
+    /// Of the tokens so far.
+    hasher: blake3::Hasher,
 }
 
 impl ShardWriter {
@@ -123,34 +130,35 @@ impl ShardWriter {
         let file = File::create(&path).map_err(|error| DataError::cache("create", &path, 0, error))?;
         let width = TokenWidth::for_vocabulary(vocabulary);
         let header = Header { width, tokens: 0, text_bytes: 0, vocabulary: vocabulary as u64 };
-        let mut writer = Self { path, file: BufWriter::with_capacity(WRITE_BYTES, file), header };
+        let mut writer = Self {
+            path,
+            file: BufWriter::with_capacity(WRITE_BYTES, file),
+            header,
+            hasher: blake3::Hasher::new(),
+        };
         writer.attempt(|file| file.write_all(&[0; HEADER_BYTES]))?;
         Ok(writer)
     }
 
-    pub(super) fn tokens(&self) -> u64 {
-        self.header.tokens
-    }
-
-    pub(super) fn text_bytes(&self) -> u64 {
-        self.header.text_bytes
-    }
-
-    /// Appends the ids of a document of `text_bytes`.
-    pub(super) fn append(&mut self, encoded: &[u8], text_bytes: usize) -> Result<(), DataError> {
+    /// Appends the ids of a document of `text_bytes`; returns how many they are.
+    pub(super) fn append(&mut self, encoded: &[u8], text_bytes: usize) -> Result<u64, DataError> {
         self.attempt(|file| file.write_all(encoded))?;
-        self.header.tokens += (encoded.len() / self.header.width.bytes()) as u64;
+        self.hasher.update(encoded);
+        let tokens = (encoded.len() / self.header.width.bytes()) as u64;
+        self.header.tokens += tokens;
         self.header.text_bytes += text_bytes as u64;
-        Ok(())
+        Ok(tokens)
     }
 
     /// Writes the header and makes the file durable.
     pub(super) fn finish(mut self) -> Result<(), DataError> {
-        let header = self.header.encode();
+        let fields = self.header.encode();
+        let digest = self.hasher.update(&fields).finalize();
         self.attempt(|file| {
             file.flush()?;
             file.seek(SeekFrom::Start(0))?;
-            file.write_all(&header)?;
+            file.write_all(&fields)?;
+            file.write_all(digest.as_bytes())?;
             file.flush()?;
             file.get_ref().sync_all()
         })
@@ -191,6 +199,18 @@ impl Shard {
         Ok(Self { path: path.to_owned(), map: Arc::new(map), header })
     }
 
+    /// Itself, if it has as many tokens as there should be.
+    ///
+    /// # Errors
+    /// [`DataError::Corrupt`] if it has not.
+    pub(super) fn expect_tokens(self, tokens: u64) -> Result<Self, DataError> {
+        if self.tokens() == tokens {
+            return Ok(self);
+        }
+        let reason = format!("it has {} tokens, its statistics say {tokens}", self.tokens());
+        Err(DataError::Corrupt { path: self.path, reason })
+    }
+
     /// Number of tokens.
     pub fn tokens(&self) -> u64 {
         self.header.tokens
@@ -199,6 +219,24 @@ impl Shard {
     /// UTF-8 bytes of the text that the tokens encode.
     pub fn text_bytes(&self) -> u64 {
         self.header.text_bytes
+    }
+
+    /// Reads the whole shard and compares it with its digest; `told` hears how many bytes were read each time.
+    ///
+    /// # Errors
+    /// [`DataError::Corrupt`] if it is not what was written.
+    pub(super) fn verify(&self, told: &mut dyn FnMut(u64)) -> Result<(), DataError> {
+        let mut hasher = blake3::Hasher::new();
+        for part in self.map[HEADER_BYTES..].chunks(VERIFY_BYTES) {
+            hasher.update_rayon(part);
+            told(part.len() as u64);
+        }
+        let digest = hasher.update(&self.map[..FIELDS_BYTES]).finalize();
+        if digest == self.map[FIELDS_BYTES..HEADER_BYTES] {
+            return Ok(());
+        }
+        let reason = "its content does not have the digest that it was written with".to_owned();
+        Err(DataError::Corrupt { path: self.path.clone(), reason })
     }
 
     /// Appends the tokens of `range` to `out`. Each is checked to be in the vocabulary: an id beyond it would
@@ -307,14 +345,34 @@ pub(super) mod tests {
             bytes
         };
         check(&[], "less than a header");
-        check(&good[..63], "less than a header");
+        check(&good[..71], "less than a header");
         check(&good[..good.len() - 1], "3 tokens do not make");
         check(&[good.as_slice(), &[0]].concat(), "3 tokens do not make");
         check(&with(0, 0), "does not begin");
-        check(&with(8, 2), "format version is 2");
+        check(&with(8, 1), "format version is 1");
         check(&with(12, 3), "3 bytes per token");
         check(&with(16, 4), "4 tokens do not make");
         check(&with(23, 0xFF), "tokens do not make");
+    }
+
+    #[test]
+    fn any_changed_byte_is_found_by_verifying() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokens");
+        write(&path, &[1, 2, 3, 4], 10);
+        let good = std::fs::read(&path).unwrap();
+        let mut read = 0;
+        Shard::open(&path).unwrap().verify(&mut |bytes| read += bytes).unwrap();
+        assert_eq!(read, 8);
+        for at in 0..good.len() {
+            let mut bytes = good.clone();
+            bytes[at] ^= 1;
+            // Under a new name: what is mapped must not change.
+            std::fs::remove_file(&path).unwrap();
+            std::fs::write(&path, bytes).unwrap();
+            let result = Shard::open(&path).and_then(|shard| shard.verify(&mut |_| {}));
+            assert!(matches!(result, Err(DataError::Corrupt { .. })), "byte {at}");
+        }
     }
 
     #[test]

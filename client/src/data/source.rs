@@ -1,4 +1,5 @@
-//! Which files of a source hold text: `.txt` and `.jsonl`, each as it is or compressed (`.gz`, `.zst`).
+//! Which files of a source hold text: `.txt` and `.jsonl`, each as it is or compressed (`.gz`, `.zst`), and
+//! `.parquet`.
 //!
 //! Looks at names, sizes and times only; opens nothing.
 
@@ -19,6 +20,7 @@ pub(super) const FILES_MAX: usize = 1 << 20;
 pub(super) enum Format {
     Text,
     JsonLines,
+    Parquet,
 }
 
 /// How it is packed.
@@ -32,6 +34,8 @@ pub(super) enum Compression {
 /// A file with text.
 #[derive(Debug, Clone)]
 pub(super) struct SourceFile {
+    /// Index of the source.
+    pub(super) source: usize,
     /// Relative to the source.
     pub(super) relative: PathBuf,
     pub(super) path: PathBuf,
@@ -62,15 +66,18 @@ fn kind(name: &str) -> Option<(Format, Compression)> {
     match Path::new(stem).extension()?.to_str()? {
         "txt" => Some((Format::Text, compression)),
         "jsonl" => Some((Format::JsonLines, compression)),
+        // Its pages are compressed one by one; around the whole nothing could be found in it.
+        "parquet" if compression == Compression::None => Some((Format::Parquet, compression)),
         _ => None,
     }
 }
 
-/// Lists a directory (with all below it, through links, without names that begin with a dot) or one file.
+/// Lists a directory (with all below it, through links, without names that begin with a dot) or one file, as
+/// source number `index`.
 ///
 /// # Errors
 /// If `source` is missing, unreadable, or holds no file with text.
-pub(super) fn list(source: &Path) -> Result<Listing, DataError> {
+pub(super) fn list(source: &Path, index: usize) -> Result<Listing, DataError> {
     let unreadable = |error| DataError::Source { path: source.to_owned(), source: error };
     if source.metadata().map_err(unreadable)?.is_dir() {
         source.read_dir().map_err(unreadable)?;
@@ -82,13 +89,15 @@ pub(super) fn list(source: &Path) -> Result<Listing, DataError> {
     let mut other_files = 0;
     for entry in WalkDir::new(source).follow_links(true).into_iter().filter_entry(|entry| !hidden(entry)) {
         match entry.and_then(|entry| Ok((entry.metadata()?, entry))) {
-            Ok((metadata, entry)) if metadata.is_file() => match source_file(source, &entry, &metadata) {
-                Some(_) if listing.files.len() == FILES_MAX => {
-                    return Err(DataError::TooManyFiles { path: source.to_owned(), limit: FILES_MAX });
+            Ok((metadata, entry)) if metadata.is_file() => {
+                match source_file(source, index, &entry, &metadata) {
+                    Some(_) if listing.files.len() == FILES_MAX => {
+                        return Err(DataError::TooManyFiles { path: source.to_owned(), limit: FILES_MAX });
+                    }
+                    Some(file) => listing.files.push(file),
+                    None => other_files += 1,
                 }
-                Some(file) => listing.files.push(file),
-                None => other_files += 1,
-            },
+            }
             Ok(_) => {}
             Err(error) => listing.faults.push(walk_fault(source, &error)),
         }
@@ -119,11 +128,16 @@ pub struct Survey {
 /// # Errors
 /// If `source` is missing, unreadable, or holds no file with text.
 pub fn survey(source: &Path) -> Result<Survey, DataError> {
-    let Listing { files, faults } = list(source)?;
+    let Listing { files, faults } = list(source, 0)?;
     Ok(Survey { files: files.len() as u64, bytes: files.iter().map(|file| file.bytes).sum(), faults })
 }
 
-fn source_file(source: &Path, entry: &walkdir::DirEntry, metadata: &std::fs::Metadata) -> Option<SourceFile> {
+fn source_file(
+    source: &Path,
+    index: usize,
+    entry: &walkdir::DirEntry,
+    metadata: &std::fs::Metadata,
+) -> Option<SourceFile> {
     let (format, compression) = kind(&entry.file_name().to_string_lossy())?;
     // A source that is itself a file has an empty path relative to itself.
     let relative = match entry.path().strip_prefix(source) {
@@ -132,6 +146,7 @@ fn source_file(source: &Path, entry: &walkdir::DirEntry, metadata: &std::fs::Met
     };
     let modified = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
     Some(SourceFile {
+        source: index,
         relative,
         path: entry.path().to_owned(),
         bytes: metadata.len(),
@@ -180,6 +195,8 @@ mod tests {
             ("a.jsonl", Some((Format::JsonLines, Compression::None))),
             ("a.jsonl.gz", Some((Format::JsonLines, Compression::Gzip))),
             ("a.jsonl.zst", Some((Format::JsonLines, Compression::Zstd))),
+            ("a.parquet", Some((Format::Parquet, Compression::None))),
+            ("a.parquet.gz", None),
             ("a.json", None),
             ("a.txt.bz2", None),
             ("txt", None),
@@ -200,7 +217,7 @@ mod tests {
             ".git/x.txt",
             "c.pdf",
         ]);
-        let listing = list(folder.path()).unwrap();
+        let listing = list(folder.path(), 0).unwrap();
         assert_eq!(names(&listing), ["a.txt", "a/b/c.txt.gz", "a/z.jsonl", "b.txt"]);
         assert!(listing.files.iter().all(|file| file.bytes == 4 && file.modified_ns > 0));
     }
@@ -208,7 +225,7 @@ mod tests {
     #[test]
     fn one_file_is_a_source() {
         let folder = folder_with(&["a.txt", "b.txt"]);
-        assert_eq!(names(&list(&folder.path().join("b.txt")).unwrap()), ["b.txt"]);
+        assert_eq!(names(&list(&folder.path().join("b.txt"), 0).unwrap()), ["b.txt"]);
     }
 
     #[test]
@@ -219,7 +236,7 @@ mod tests {
         std::os::unix::fs::symlink(elsewhere.path(), folder.path().join("linked")).unwrap();
         std::os::unix::fs::symlink(folder.path(), folder.path().join("real/loop")).unwrap();
         std::os::unix::fs::symlink("nowhere", folder.path().join("broken.txt")).unwrap();
-        let listing = list(folder.path()).unwrap();
+        let listing = list(folder.path(), 0).unwrap();
         assert_eq!(names(&listing), ["linked/b.txt", "real/a.txt"]);
         let faults: Vec<&str> = listing.faults.iter().map(|fault| fault.file.as_str()).collect();
         assert_eq!(faults, ["broken.txt", "real/loop"]);
@@ -228,13 +245,13 @@ mod tests {
     #[test]
     fn a_source_without_text_is_an_error() {
         let folder = folder_with(&["a.pdf", "b.json"]);
-        let error = list(folder.path()).unwrap_err();
+        let error = list(folder.path(), 0).unwrap_err();
         assert!(matches!(error, DataError::NoFiles { other_files: 2, .. }), "{error}");
         assert!(error.to_string().contains(".jsonl"), "{error}");
-        let error = list(&folder.path().join("missing")).unwrap_err();
+        let error = list(&folder.path().join("missing"), 0).unwrap_err();
         assert!(matches!(error, DataError::Source { .. }), "{error}");
         assert!(matches!(
-            list(tempfile::tempdir().unwrap().path()),
+            list(tempfile::tempdir().unwrap().path(), 0),
             Err(DataError::NoFiles { other_files: 0, .. })
         ));
     }

@@ -1,27 +1,42 @@
-//! What preparing a source found: the numbers that a site sees and reports, and the list of what was skipped.
-//! Holds no text.
+//! What preparing found, source by source: the numbers that a site sees and reports, and the list of what was
+//! skipped. Holds no text.
 
 use serde::{Deserialize, Serialize};
 
-/// Most faults listed one by one; the rest are only counted.
+use super::lengths::Lengths;
+
+/// Most faults of one source listed one by one; the rest are only counted.
 pub(super) const SKIPPED_LISTED_MAX: usize = 100;
 
-/// What preparing a source found.
+/// What preparing found.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stats {
+    /// Source by source, in the order in which they were named.
+    pub sources: Vec<SourceStats>,
+}
+
+/// What preparing found in one source, or in all together.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceStats {
+    /// The source's name; empty for all together.
+    pub name: String,
     /// Files read, whole or in part.
     pub files: u64,
+    /// Their bytes on disk.
+    pub file_bytes: u64,
     /// What is trained on.
     pub train: SplitStats,
     /// What is measured on.
     pub held_out: SplitStats,
-    /// Documents dropped because the same text came before.
+    /// How many tokens the documents have, trained on and held out, the end-of-text token included.
+    pub lengths: Lengths,
+    /// Documents dropped because the same text came before, in this source or in one named before it.
     pub duplicates: u64,
     /// Documents dropped because they are blank.
     pub blank: u64,
     /// Documents too late to be compared with all others: past the bound of the list of digests.
     pub not_compared: u64,
-    /// Files, pieces of files and lines that were skipped.
+    /// Files, pieces of files, lines and rows that were skipped.
     pub skipped: u64,
     /// The first of them, in the order of the source.
     pub skipped_listed: Vec<Skipped>,
@@ -43,21 +58,52 @@ pub struct SplitStats {
 pub struct Skipped {
     /// Path relative to the source.
     pub file: String,
-    /// Line in the file, from 1; absent where a file or a piece of it was skipped.
+    /// Line in the file (row, of a .parquet file), from 1; absent where a file or a piece of it was skipped.
     pub line: Option<u64>,
     /// What was wrong; never content.
     pub reason: String,
 }
 
 impl Stats {
+    /// All sources together, without a name and without the list of what was skipped.
+    pub fn total(&self) -> SourceStats {
+        self.sources.iter().fold(SourceStats::default(), |sum, source| SourceStats {
+            name: String::new(),
+            files: sum.files.saturating_add(source.files),
+            file_bytes: sum.file_bytes.saturating_add(source.file_bytes),
+            train: sum.train.plus(source.train),
+            held_out: sum.held_out.plus(source.held_out),
+            lengths: sum.lengths.plus(&source.lengths),
+            duplicates: sum.duplicates.saturating_add(source.duplicates),
+            blank: sum.blank.saturating_add(source.blank),
+            not_compared: sum.not_compared.saturating_add(source.not_compared),
+            skipped: sum.skipped.saturating_add(source.skipped),
+            skipped_listed: Vec::new(),
+        })
+    }
+
+    /// What was skipped, as far as it is listed, each with its source's name.
+    pub fn skipped(&self) -> impl Iterator<Item = (&str, &Skipped)> {
+        self.sources
+            .iter()
+            .flat_map(|source| source.skipped_listed.iter().map(|skipped| (source.name.as_str(), skipped)))
+    }
+}
+
+impl SourceStats {
     /// Distinct documents, trained on and held out.
     pub fn documents(&self) -> u64 {
-        self.train.documents + self.held_out.documents
+        self.all().documents
     }
 
     /// Tokens, trained on and held out.
     pub fn tokens(&self) -> u64 {
-        self.train.tokens + self.held_out.tokens
+        self.all().tokens
+    }
+
+    /// Both sides of the split.
+    pub fn all(&self) -> SplitStats {
+        self.train.plus(self.held_out)
     }
 
     pub(super) fn skip(&mut self, skipped: Skipped) {
@@ -68,9 +114,26 @@ impl Stats {
     }
 }
 
+impl SplitStats {
+    /// Both together.
+    fn plus(self, other: Self) -> Self {
+        Self {
+            documents: self.documents.saturating_add(other.documents),
+            tokens: self.tokens.saturating_add(other.tokens),
+            text_bytes: self.text_bytes.saturating_add(other.text_bytes),
+        }
+    }
+
+    pub(super) fn add(&mut self, tokens: u64, text_bytes: u64) {
+        *self = self.plus(Self { documents: 1, tokens, text_bytes });
+    }
+}
+
 impl std::fmt::Display for Skipped {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let rows = self.file.to_ascii_lowercase().ends_with(".parquet");
         match self.line {
+            Some(row) if rows => write!(f, "{}, row {row}: {}", self.file, self.reason),
             Some(line) => write!(f, "{}, line {line}: {}", self.file, self.reason),
             None => write!(f, "{}: {}", self.file, self.reason),
         }

@@ -14,7 +14,7 @@ use consort_common::{
 use rayon::prelude::*;
 use tokenizers::ModelWrapper;
 
-use super::{documents, error::DataError, shard::TokenWidth};
+use super::{documents, error::DataError, shard::TokenWidth, words::Words};
 
 /// Longest text given to the tokenizers library at once, in bytes: it needs some hundred bytes of memory per
 /// token. Longer documents are encoded in parts, cut where paragraphs end; a token never spans a cut.
@@ -33,7 +33,28 @@ pub struct Tokenizer {
 enum Kind {
     /// Token = byte.
     Byte,
-    HuggingFace(Arc<tokenizers::Tokenizer>),
+    HuggingFace(Arc<HuggingFace>),
+}
+
+struct HuggingFace {
+    tokenizer: tokenizers::Tokenizer,
+    /// A faster way to the same ids, where there is one.
+    words: Option<Words>,
+}
+
+impl HuggingFace {
+    fn new(tokenizer: tokenizers::Tokenizer) -> Self {
+        let words = Words::of(&tokenizer);
+        Self { tokenizer, words }
+    }
+
+    fn encode(&self, text: &str, ids: &mut Vec<u32>) -> tokenizers::Result<()> {
+        if let Some(words) = &self.words {
+            return words.encode(self.tokenizer.get_model(), text, ids);
+        }
+        ids.extend_from_slice(self.tokenizer.encode_fast(text, false)?.get_ids());
+        Ok(())
+    }
 }
 
 impl Tokenizer {
@@ -77,7 +98,7 @@ impl Tokenizer {
         // Ids may have gaps: what the model must have is a row for the largest.
         let largest = tokenizer.get_vocab(true).into_values().max().unwrap_or_default();
         Ok(Self {
-            kind: Kind::HuggingFace(Arc::new(tokenizer)),
+            kind: Kind::HuggingFace(Arc::new(HuggingFace::new(tokenizer))),
             end_of_text,
             vocabulary: largest as usize + 1,
             digest: Digest::of(json),
@@ -121,10 +142,9 @@ impl Tokenizer {
         };
         let mut ids = Vec::new();
         for part in documents::parts(text, ENCODE_BYTES_MAX) {
-            let encoding = tokenizer.encode_fast(part, false).map_err(|error| DataError::Tokenizer {
+            tokenizer.encode(part, &mut ids).map_err(|error| DataError::Tokenizer {
                 reason: format!("it cannot encode some text: {error}"),
             })?;
-            ids.extend_from_slice(encoding.get_ids());
         }
         Ok(ids)
     }
@@ -139,7 +159,7 @@ impl Tokenizer {
                 let bytes: Vec<u8> = ids.iter().filter_map(|id| u8::try_from(*id).ok()).collect();
                 Ok(String::from_utf8_lossy(&bytes).into_owned())
             }
-            Kind::HuggingFace(tokenizer) => tokenizer.decode(ids, true).map_err(|error| {
+            Kind::HuggingFace(tokenizer) => tokenizer.tokenizer.decode(ids, true).map_err(|error| {
                 DataError::Tokenizer { reason: format!("it cannot decode tokens: {error}") }
             }),
         }
@@ -200,7 +220,7 @@ mod tests {
     /// The byte tokenizer as the tokenizers library runs it.
     fn byte_through_library() -> Tokenizer {
         let tokenizer = deterministic(byte_tokenizer_json().as_bytes()).unwrap();
-        Tokenizer { kind: Kind::HuggingFace(Arc::new(tokenizer)), ..Tokenizer::byte() }
+        Tokenizer { kind: Kind::HuggingFace(Arc::new(HuggingFace::new(tokenizer))), ..Tokenizer::byte() }
     }
 
     /// A small BPE with the merge "ab", dropout, padding and truncation, and a gap in its ids.

@@ -5,7 +5,7 @@ use consort_proto::v1::ClientActivity;
 
 use super::*;
 use crate::{
-    data::{PrepareRequest, Tokenizer, prepare},
+    data::{PrepareRequest, Source, Tokenizer, prepare},
     progress::Reporter,
     round::keep,
     state::StateDirectory,
@@ -47,7 +47,7 @@ impl Site {
         std::fs::write(&source, documents.join("\n")).unwrap();
         let spec = RunSpec::parse(&format!("{SPEC}optimizer_state = \"{optimizer_state}\"\n")).unwrap();
         let request = PrepareRequest {
-            source,
+            sources: vec![Source::new(source)],
             cache: folder.path().join("cache"),
             tokenizer: Tokenizer::byte(),
             held_out_fraction: 0.2,
@@ -95,7 +95,7 @@ impl Site {
     fn trainer(&self) -> Trainer {
         set_threads(1);
         let spec = &self.material.spec;
-        Trainer::new(&spec.model, &spec.training, spec.run_steps(), Device::Cpu).unwrap()
+        Trainer::new(&spec.model, &spec.training, spec.run_steps(), 256, Device::Cpu).unwrap()
     }
 
     /// Trains a round as it comes, and keeps its delta and what the site carries over.

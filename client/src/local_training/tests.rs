@@ -4,7 +4,7 @@ use std::{cell::Cell, fs};
 
 use super::*;
 use crate::{
-    data::{Dataset, PrepareRequest, Tokenizer, prepare},
+    data::{Dataset, PrepareRequest, Source, Tokenizer, prepare},
     trainer::{DeviceChoice, set_threads},
 };
 
@@ -51,7 +51,7 @@ impl Site {
             fs::write(source.join(format!("{document}.txt")), phrase.repeat(20)).unwrap();
         }
         let request = PrepareRequest {
-            source,
+            sources: vec![Source::new(source)],
             cache: folder.path().join("cache"),
             tokenizer: Tokenizer::byte(),
             held_out_fraction: 0.2,

@@ -3,11 +3,15 @@
 use std::{
     collections::BTreeMap,
     fs,
+    path::Path,
     sync::atomic::{AtomicU64, AtomicUsize, Ordering},
     time::{Duration, SystemTime},
 };
 
-use super::*;
+use super::{
+    super::{mixture::Share, stats::SplitStats},
+    *,
+};
 
 struct Site {
     folder: tempfile::TempDir,
@@ -30,7 +34,11 @@ impl Site {
     }
 
     fn write(&self, name: &str, content: impl AsRef<[u8]>) {
-        fs::write(self.folder.path().join("text").join(name), content).unwrap();
+        fs::write(self.text().join(name), content).unwrap();
+    }
+
+    fn text(&self) -> PathBuf {
+        self.folder.path().join("text")
     }
 
     fn cache(&self) -> PathBuf {
@@ -39,7 +47,7 @@ impl Site {
 
     fn request(&self) -> PrepareRequest {
         PrepareRequest {
-            source: self.folder.path().join("text"),
+            sources: vec![Source::new(self.text())],
             cache: self.cache(),
             tokenizer: Tokenizer::byte(),
             held_out_fraction: self.held_out_fraction,
@@ -62,12 +70,17 @@ impl Site {
     }
 
     fn cached_file(&self, dataset: &Dataset, name: &str) -> PathBuf {
-        self.cache().join(dataset.key.to_string()).join(name)
+        self.cache().join(dataset.cache_key.to_string()).join(name)
     }
 }
 
 fn lines(range: std::ops::Range<u32>) -> String {
     range.map(|line| format!("{{\"text\": \"document {line}\"}}\n")).collect()
+}
+
+/// The training text of the only source.
+fn train(dataset: &Dataset) -> &Shard {
+    &dataset.train.parts()[0].shard
 }
 
 fn tokens(shard: &Shard) -> Vec<i64> {
@@ -91,7 +104,7 @@ fn texts(shard: &Shard) -> Vec<String> {
 fn shards_hold_every_document_once_in_order() {
     let site = Site::with_lines(0.2);
     let dataset = site.prepare().unwrap();
-    let (train, held_out) = (texts(&dataset.train), texts(&dataset.held_out));
+    let (train, held_out) = (texts(train(&dataset)), texts(&dataset.held_out));
     assert!((30..90).contains(&held_out.len()), "{}", held_out.len());
     let number = |text: &String| text.strip_prefix("document ").unwrap().parse::<u32>().unwrap();
     let mut numbers: Vec<u32> = train.iter().map(number).collect();
@@ -99,28 +112,30 @@ fn shards_hold_every_document_once_in_order() {
     numbers.extend(held_out.iter().map(number));
     numbers.sort_unstable();
     assert_eq!(numbers, (0..300).collect::<Vec<_>>());
+    let stats = dataset.stats.total();
     for (split, shard, texts) in [
-        (dataset.stats.train, &dataset.train, &train),
-        (dataset.stats.held_out, &dataset.held_out, &held_out),
+        (stats.train, &dataset.train.parts()[0].shard, &train),
+        (stats.held_out, &dataset.held_out, &held_out),
     ] {
         let text_bytes = texts.iter().map(|text| text.len() as u64).sum::<u64>();
         let documents = texts.len() as u64;
         assert_eq!(split, SplitStats { documents, tokens: text_bytes + documents, text_bytes });
         assert_eq!((shard.tokens(), shard.text_bytes()), (split.tokens, split.text_bytes));
     }
-    assert_eq!((dataset.stats.files, dataset.stats.skipped, dataset.stats.documents()), (2, 0, 300));
+    assert_eq!((stats.files, stats.skipped, stats.documents()), (2, 0, 300));
+    assert_eq!((stats.lengths.percentile(50), stats.lengths.max()), (13, 13));
 }
 
 #[test]
 fn held_out_documents_stay_held_out_whatever_else_is_there() {
     let site = Site::with_lines(0.2);
     let before = site.prepare().unwrap();
-    fs::rename(site.request().source.join("a.jsonl"), site.request().source.join("z.jsonl")).unwrap();
+    fs::rename(site.text().join("a.jsonl"), site.text().join("z.jsonl")).unwrap();
     site.write("m.jsonl", lines(300..500));
     let after = site.prepare().unwrap();
     let held_out = texts(&after.held_out);
     assert!(texts(&before.held_out).iter().all(|text| held_out.contains(text)));
-    assert!(texts(&before.train).iter().all(|text| !held_out.contains(text)));
+    assert!(texts(train(&before)).iter().all(|text| !held_out.contains(text)));
 }
 
 #[test]
@@ -132,7 +147,7 @@ fn a_few_large_text_files_are_held_out_in_proportion() {
             .collect();
         site.write(&format!("{file}.txt"), text);
     }
-    let stats = site.prepare().unwrap().stats;
+    let stats = site.prepare().unwrap().stats.total();
     let share =
         stats.held_out.text_bytes as f64 / (stats.held_out.text_bytes + stats.train.text_bytes) as f64;
     assert!((0.05..0.15).contains(&share), "{share} of {} documents", stats.documents());
@@ -144,11 +159,11 @@ fn a_small_source_still_holds_out_a_document() {
     site.write("a.jsonl", lines(0..3));
     let dataset = site.prepare().unwrap();
     let held_out = texts(&dataset.held_out);
-    assert_eq!((dataset.stats.train.documents, held_out.len()), (2, 1));
-    assert_eq!(dataset.stats.documents(), 3);
+    assert_eq!((dataset.stats.total().train.documents, held_out.len()), (2, 1));
+    assert_eq!(dataset.stats.total().documents(), 3);
     let digest =
         |text: &str| u64::from_le_bytes(blake3::hash(text.as_bytes()).as_bytes()[..8].try_into().unwrap());
-    assert!(texts(&dataset.train).iter().all(|text| digest(text) > digest(&held_out[0])));
+    assert!(texts(train(&dataset)).iter().all(|text| digest(text) > digest(&held_out[0])));
 }
 
 #[test]
@@ -156,7 +171,7 @@ fn nothing_is_held_out_where_nothing_is_asked() {
     let site = Site::new(0.0);
     site.write("a.txt", "text");
     let dataset = site.prepare().unwrap();
-    assert_eq!((texts(&dataset.train), dataset.held_out.tokens()), (vec!["text".to_owned()], 0));
+    assert_eq!((texts(train(&dataset)), dataset.held_out.tokens()), (vec!["text".to_owned()], 0));
 }
 
 #[test]
@@ -191,7 +206,7 @@ fn faults_duplicates_and_blanks_are_counted_and_the_rest_is_used() {
     site.write("a.jsonl", lines(0..20) + "\n{\"text\": \"  \\n\"}\n" + &"not json\n".repeat(150));
     site.write("b.jsonl", lines(10..30));
     site.write("c.txt", b"binary\0");
-    let stats = site.prepare().unwrap().stats;
+    let stats = site.prepare().unwrap().stats.sources.remove(0);
     assert_eq!((stats.documents(), stats.duplicates, stats.blank), (30, 10, 1));
     assert_eq!((stats.skipped, stats.skipped_listed.len()), (151, 100));
     assert_eq!(stats.skipped_listed[0].to_string(), "a.jsonl, line 23: not JSON (column 2)");
@@ -212,8 +227,8 @@ fn large_vocabularies_are_stored_wider() {
     let narrow = site.prepare().unwrap();
     let wide =
         prepare(&PrepareRequest { vocabulary_size: 70_000, ..site.request() }, &|_| {}, &|| false).unwrap();
-    assert_ne!(narrow.key, wide.key);
-    assert_eq!(tokens(&narrow.train), tokens(&wide.train));
+    assert_ne!(narrow.cache_key, wide.cache_key);
+    assert_eq!(tokens(train(&narrow)), tokens(train(&wide)));
     assert_eq!(tokens(&narrow.held_out), tokens(&wide.held_out));
 }
 
@@ -231,7 +246,7 @@ fn shards_are_the_same_bytes_whatever_the_number_of_threads() {
         let request = PrepareRequest { cache, ..site.request() };
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let dataset = pool.install(|| prepare(&request, &|_| {}, &|| false)).unwrap();
-        let folder = request.cache.join(dataset.key.to_string());
+        let folder = request.cache.join(dataset.cache_key.to_string());
         let files = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
         files
             .map(|path| (path.file_name().unwrap().to_owned(), fs::read(&path).unwrap()))
@@ -244,32 +259,99 @@ fn shards_are_the_same_bytes_whatever_the_number_of_threads() {
     }
 }
 
+/// A site with two folders; the second repeats some of the first.
+fn two_sources() -> (Site, PrepareRequest) {
+    let site = Site::with_lines(0.2);
+    let other = site.folder.path().join("other");
+    fs::create_dir(&other).unwrap();
+    let renamed = lines(250..350).replace("\"text\"", "\"body\"");
+    fs::write(other.join("a.jsonl"), renamed + "{\"text\": \"of the other key\"}\n").unwrap();
+    let old = Source { text_key: "body".to_owned(), share: Share::ReplayPercent(25.0), ..Source::new(other) };
+    let request = PrepareRequest { sources: vec![Source::new(site.text()), old], ..site.request() };
+    (site, request)
+}
+
+#[test]
+fn each_source_has_its_shard_and_its_numbers_and_no_document_is_in_two() {
+    let (_site, request) = two_sources();
+    let dataset = prepare(&request, &|_| {}, &|| false).unwrap();
+    let [first, second] = dataset.train.parts() else { panic!("two sources") };
+    assert_eq!((first.name.as_str(), first.share), ("text", 0.75));
+    assert_eq!((second.name.as_str(), second.share), ("other", 0.25));
+    let all = [&first.shard, &second.shard, &dataset.held_out].map(texts);
+    let mut documents: Vec<&String> = all.iter().flatten().collect();
+    assert_eq!(documents.len(), 350);
+    documents.sort();
+    documents.dedup();
+    assert_eq!(documents.len(), 350);
+
+    let [of_first, of_second] = &dataset.stats.sources[..] else { panic!("two sources") };
+    assert_eq!((of_first.documents(), of_first.duplicates, of_first.skipped), (300, 0, 0));
+    assert_eq!((of_second.documents(), of_second.duplicates, of_second.skipped), (50, 50, 1));
+    for (stats, part) in [(of_first, first), (of_second, second)] {
+        assert_eq!(
+            (stats.train.tokens, stats.train.text_bytes),
+            (part.shard.tokens(), part.shard.text_bytes())
+        );
+    }
+    assert_eq!(of_first.held_out.tokens + of_second.held_out.tokens, dataset.held_out.tokens());
+}
+
+#[test]
+fn other_shares_find_the_same_shards() {
+    let (site, mut request) = two_sources();
+    let before = prepare(&request, &|_| {}, &|| false).unwrap();
+    request.sources[1].share = Share::ReplayPercent(5.0);
+    let after = prepare(&request, &|progress| panic!("tokenises again: {progress:?}"), &|| false).unwrap();
+    assert_eq!((before.cache_key, after.train.parts()[1].share), (after.cache_key, 0.05));
+    assert_ne!(before.key, after.key, "a cursor belongs to the shares as well");
+    for change in [|source: &mut Source| source.name += "2", |source: &mut Source| source.text_key += "2"] {
+        let mut changed = request.clone();
+        change(&mut changed.sources[0]);
+        assert_ne!(cache_key(&changed, &Files::list(&changed.sources).unwrap()), after.cache_key);
+    }
+    // Damage that the sizes do not show.
+    let stats = site.cached_file(&after, "stats.json");
+    let mut json: Stats = serde_json::from_slice(&fs::read(&stats).unwrap()).unwrap();
+    json.sources.truncate(1);
+    fs::write(&stats, serde_json::to_vec(&json).unwrap()).unwrap();
+    assert_eq!(prepare(&request, &|_| {}, &|| false).unwrap().train.parts().len(), 2);
+}
+
+#[test]
+fn sources_that_do_not_go_together_are_refused() {
+    let (_site, mut request) = two_sources();
+    request.sources[0].share = Share::ReplayPercent(5.0);
+    let error = prepare(&request, &|_| {}, &|| false).unwrap_err();
+    assert!(error.to_string().contains("all sources are replayed"), "{error}");
+}
+
 #[test]
 fn a_second_start_finds_the_shards() {
     let site = Site::with_lines(0.2);
     let first = site.prepare().unwrap();
     let modified =
-        |dataset| site.cached_file(dataset, "train.tokens").metadata().unwrap().modified().unwrap();
+        |dataset| site.cached_file(dataset, "train-0.tokens").metadata().unwrap().modified().unwrap();
     let written = modified(&first);
     let second =
         prepare(&site.request(), &|progress| panic!("tokenises again: {progress:?}"), &|| false).unwrap();
-    assert_eq!((first.key, written), (second.key, modified(&second)));
+    assert_eq!((first.cache_key, written), (second.cache_key, modified(&second)));
     assert_eq!(first.stats, second.stats);
-    assert_eq!(tokens(&first.train), tokens(&second.train));
+    assert_eq!(tokens(train(&first)), tokens(train(&second)));
 }
 
 #[test]
 fn a_change_of_the_source_or_the_request_is_noticed() {
     let site = Site::with_lines(0.2);
-    let key = |request: &PrepareRequest| key(request, &source::list(&request.source).unwrap());
+    let key = |request: &PrepareRequest| cache_key(request, &Files::list(&request.sources).unwrap());
     let request = site.request();
     let mut keys = vec![key(&request), key(&PrepareRequest { held_out_fraction: 0.3, ..request.clone() })];
     site.write("b.jsonl", lines(0..1));
     keys.push(key(&request));
-    let file = fs::File::options().write(true).open(request.source.join("b.jsonl")).unwrap();
+    let file = fs::File::options().write(true).open(site.text().join("b.jsonl")).unwrap();
     file.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(1)).unwrap();
     keys.push(key(&request));
-    fs::rename(request.source.join("b.jsonl"), request.source.join("c.jsonl")).unwrap();
+    fs::rename(site.text().join("b.jsonl"), site.text().join("c.jsonl")).unwrap();
     keys.push(key(&request));
     assert_eq!(keys.iter().collect::<HashSet<_>>().len(), keys.len());
 }
@@ -278,7 +360,7 @@ fn a_change_of_the_source_or_the_request_is_noticed() {
 fn damaged_shards_are_made_anew() {
     let site = Site::with_lines(0.2);
     let dataset = site.prepare().unwrap();
-    let expected = tokens(&dataset.train);
+    let expected = tokens(train(&dataset));
     let check = |name: &str, damage: &dyn Fn(&Path)| {
         // Under a new name: what is mapped must not change.
         let path = site.cached_file(&dataset, name);
@@ -286,13 +368,15 @@ fn damaged_shards_are_made_anew() {
         fs::remove_file(&path).unwrap();
         fs::write(&path, content).unwrap();
         damage(&path);
-        assert_eq!(tokens(&site.prepare().unwrap().train), expected, "{name}");
+        assert_eq!(tokens(train(&site.prepare().unwrap())), expected, "{name}");
         assert_eq!(site.cached().len(), 1);
     };
-    check("train.tokens", &|path| fs::File::options().write(true).open(path).unwrap().set_len(100).unwrap());
+    check("train-0.tokens", &|path| {
+        fs::File::options().write(true).open(path).unwrap().set_len(100).unwrap();
+    });
     check("held_out.tokens", &|path| fs::write(path, b"").unwrap());
     check("stats.json", &|path| fs::write(path, b"{").unwrap());
-    check("train.tokens", &|path| fs::remove_file(path).unwrap());
+    check("train-0.tokens", &|path| fs::remove_file(path).unwrap());
 }
 
 #[test]
@@ -320,9 +404,9 @@ fn what_a_killed_process_left_is_removed() {
     let site = Site::with_lines(0.2);
     let leftover = site.cache().join("preparing");
     fs::create_dir_all(&leftover).unwrap();
-    fs::write(leftover.join("train.tokens"), b"half").unwrap();
+    fs::write(leftover.join("train-0.tokens"), b"half").unwrap();
     let dataset = site.prepare().unwrap();
-    assert_eq!(site.cached(), [dataset.key.to_string()]);
+    assert_eq!(site.cached(), [dataset.cache_key.to_string()]);
 }
 
 #[test]
@@ -333,7 +417,7 @@ fn the_keys_used_last_are_kept() {
             .unwrap()
     };
     let age = |dataset: &Dataset, hours: u64| {
-        let folder = fs::File::open(site.cache().join(dataset.key.to_string())).unwrap();
+        let folder = fs::File::open(site.cache().join(dataset.cache_key.to_string())).unwrap();
         folder.set_modified(SystemTime::now() - Duration::from_secs(3_600 * hours)).unwrap();
     };
     let datasets = [0.1, 0.2, 0.3, 0.4].map(with);
@@ -343,14 +427,14 @@ fn the_keys_used_last_are_kept() {
     with(0.1); // used again, no longer the oldest
     let newest = with(0.5);
     let mut expected: Vec<String> = [0, 2, 3]
-        .map(|index: usize| datasets[index].key.to_string())
+        .map(|index: usize| datasets[index].cache_key.to_string())
         .into_iter()
-        .chain([newest.key.to_string()])
+        .chain([newest.cache_key.to_string()])
         .collect();
     expected.sort();
     assert_eq!(site.cached(), expected);
     // What was removed is still mapped.
-    assert!(!tokens(&datasets[1].train).is_empty());
+    assert!(!tokens(train(&datasets[1])).is_empty());
 }
 
 #[test]
@@ -382,7 +466,7 @@ fn progress_grows_to_the_end() {
         &|| false,
     )
     .unwrap();
-    assert_eq!(last.into_inner(), dataset.stats.tokens());
+    assert_eq!(last.into_inner(), dataset.stats.total().tokens());
     assert!(reports.into_inner() >= 1);
     assert_eq!(ended.into_inner(), 1);
 }

@@ -1,0 +1,263 @@
+//! A byte-level BPE tokenizer made from a sample of text, in the form of GPT-2's: any text can be encoded, the
+//! first token is the end of text, then the 256 bytes, then one token for each merge (Sennrich et al., arXiv
+//! 1508.07909, section 3.2, over bytes as in Radford et al., 2019).
+//!
+//! The sample is the documents with the least BLAKE3 digests, as many as its bound holds: the same whatever the
+//! order of the files and the number of threads, and without repetitions. So is the tokenizer. Memory is the
+//! sample, the sample's distinct words and a batch of pieces.
+
+use std::collections::BTreeMap;
+
+use consort_common::tokenizer::{BYTE_END_OF_TEXT, byte_characters};
+use rayon::prelude::*;
+use tokenizers::{
+    AddedToken, Tokenizer,
+    models::{
+        TrainerWrapper,
+        bpe::{BPE, BpeTrainerBuilder},
+    },
+    pre_tokenizers::byte_level::ByteLevel,
+};
+
+use super::{
+    documents::{self, Parsed, Piece, Reader},
+    error::DataError,
+    mixture::{self, Source},
+    source,
+};
+
+/// Pieces parsed at a time.
+const BATCH_PIECES_MAX: usize = 4096;
+/// Their bytes, less the last piece.
+const BATCH_BYTES: usize = 16 << 20;
+/// Longest text given to the library at once; as where text is encoded.
+const PART_BYTES_MAX: usize = 1 << 20;
+/// The end of text and the bytes.
+const VOCABULARY_MIN: usize = 257;
+
+/// What to make a tokenizer of.
+#[derive(Debug, Clone)]
+pub struct TokenizerRequest {
+    /// The text; shares mean nothing here.
+    pub sources: Vec<Source>,
+    /// Tokens that the tokenizer shall have, the end of text included.
+    pub vocabulary: usize,
+    /// Most bytes of text to learn from.
+    pub sample_bytes_max: u64,
+}
+
+/// A tokenizer that was made.
+#[derive(Debug)]
+pub struct TrainedTokenizer {
+    /// Its `tokenizer.json`.
+    pub json: String,
+    /// Its tokens: fewer than asked for if the sample has too few different words.
+    pub vocabulary: usize,
+    /// Distinct documents in the sample.
+    pub documents: u64,
+    /// Their bytes.
+    pub sample_bytes: u64,
+    /// Files, pieces of files, lines and rows that were skipped.
+    pub skipped: u64,
+}
+
+/// Makes a tokenizer. `progress` hears how many bytes of how many have been read, `learning` that the rest is
+/// the library's, which says nothing on its way.
+///
+/// # Errors
+/// A source is missing or holds no text, or the vocabulary cannot hold the bytes.
+pub fn train_tokenizer(
+    request: &TokenizerRequest,
+    progress: &mut dyn FnMut(u64, u64),
+    learning: &mut dyn FnMut(),
+) -> Result<TrainedTokenizer, DataError> {
+    let failed = |reason: String| DataError::TokenizerTraining { reason };
+    if request.vocabulary < VOCABULARY_MIN {
+        return Err(failed(format!(
+            "a vocabulary of {} has no room for the 256 bytes and the end of text",
+            request.vocabulary
+        )));
+    }
+    let (sample, skipped) = sample(request, progress)?;
+    learning();
+    let end_of_text = AddedToken::from(BYTE_END_OF_TEXT, true);
+    let mut trainer = TrainerWrapper::from(
+        BpeTrainerBuilder::new()
+            .vocab_size(request.vocabulary)
+            .show_progress(false)
+            .special_tokens(vec![end_of_text])
+            .initial_alphabet(byte_characters().into_iter().collect())
+            .build(),
+    );
+    let mut tokenizer = Tokenizer::new(BPE::default());
+    tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
+    tokenizer.with_decoder(Some(ByteLevel::default()));
+    let parts = sample.texts.values().flat_map(|text| documents::parts(text, PART_BYTES_MAX));
+    tokenizer.train(&mut trainer, parts).map_err(|error| failed(error.to_string()))?;
+    Ok(TrainedTokenizer {
+        json: tokenizer.to_string(true).map_err(|error| failed(error.to_string()))?,
+        vocabulary: tokenizer.get_vocab_size(true),
+        documents: sample.texts.len() as u64,
+        sample_bytes: sample.bytes,
+        skipped,
+    })
+}
+
+/// The documents with the least digests.
+#[derive(Default)]
+struct Sample {
+    texts: BTreeMap<u64, String>,
+    bytes: u64,
+}
+
+impl Sample {
+    /// Takes a document in and lets those go that are beyond the bound; the first one stays in any case.
+    fn add(&mut self, digest: u64, text: &str, bytes_max: u64) {
+        let is_beyond =
+            self.bytes >= bytes_max && self.texts.last_key_value().is_some_and(|last| digest > *last.0);
+        if is_beyond || text.trim().is_empty() || self.texts.contains_key(&digest) {
+            return;
+        }
+        self.texts.insert(digest, text.to_owned());
+        self.bytes += text.len() as u64;
+        while self.bytes > bytes_max && self.texts.len() > 1 {
+            let removed = self.texts.pop_last().map_or(0, |(_, text)| text.len());
+            self.bytes -= removed as u64;
+        }
+    }
+}
+
+/// Reads everything; also how many files, lines and rows were skipped.
+fn sample(
+    request: &TokenizerRequest,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<(Sample, u64), DataError> {
+    let problems = mixture::problems(&request.sources);
+    if !problems.is_empty() {
+        return Err(DataError::Sources { problems });
+    }
+    let mut files = Vec::new();
+    let mut skipped = 0;
+    for (index, source) in request.sources.iter().enumerate() {
+        let listing = source::list(&source.path, index)?;
+        skipped += listing.faults.len() as u64;
+        files.extend(listing.files);
+    }
+    let bytes_total = files.iter().map(|file| file.bytes).sum();
+    let mut reader = Reader::new(&request.sources, &files);
+    let mut sample = Sample::default();
+    let mut first_fault = None;
+    loop {
+        let batch = read_batch(&mut reader);
+        if batch.is_empty() {
+            break;
+        }
+        let parse = |piece: Piece| {
+            let text_key = &request.sources[files[piece.file].source].text_key;
+            documents::parse(piece.content, text_key)
+        };
+        for result in batch.into_par_iter().map(parse).collect::<Vec<_>>() {
+            match result {
+                Ok(Parsed { text, documents }) => {
+                    for document in documents {
+                        sample.add(document.digest, &text[document.range], request.sample_bytes_max);
+                    }
+                }
+                Err(reason) => {
+                    skipped += 1;
+                    first_fault.get_or_insert(reason);
+                }
+            }
+        }
+        progress(reader.bytes_read(), bytes_total);
+    }
+    if sample.texts.is_empty() {
+        let first_fault = first_fault.unwrap_or_else(|| "all are empty or blank".to_owned());
+        let paths = request.sources.iter().map(|source| source.path.display().to_string());
+        let paths = paths.collect::<Vec<_>>().join(", ");
+        return Err(DataError::NoDocuments { paths, files: files.len() as u64, first_fault });
+    }
+    Ok((sample, skipped))
+}
+
+fn read_batch(reader: &mut Reader<'_>) -> Vec<Piece> {
+    let mut bytes = 0;
+    let mut batch = Vec::new();
+    while bytes < BATCH_BYTES && batch.len() < BATCH_PIECES_MAX {
+        let Some(piece) = reader.next() else { break };
+        bytes += piece.bytes();
+        batch.push(piece);
+    }
+    batch
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::data::Tokenizer as Encoder;
+
+    fn request(folder: &tempfile::TempDir, vocabulary: usize, sample_bytes_max: u64) -> TokenizerRequest {
+        TokenizerRequest { sources: vec![Source::new(folder.path())], vocabulary, sample_bytes_max }
+    }
+
+    fn train(request: &TokenizerRequest) -> Result<TrainedTokenizer, DataError> {
+        train_tokenizer(request, &mut |_, _| {}, &mut || {})
+    }
+
+    fn lines(range: std::ops::Range<u32>) -> String {
+        let line = |n| {
+            format!(
+                "{{\"text\": \"the quick brown fox {n} jumps over the lazy dogs of number {}\"}}\n",
+                n * 7919
+            )
+        };
+        range.map(line).collect()
+    }
+
+    #[test]
+    fn a_trained_tokenizer_encodes_and_decodes_any_text() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("a.jsonl"), lines(0..500)).unwrap();
+        let trained = train(&request(&folder, 400, 1 << 20)).unwrap();
+        assert_eq!((trained.vocabulary, trained.documents, trained.skipped), (400, 500, 0));
+        let tokenizer = Encoder::from_json(trained.json.as_bytes(), BYTE_END_OF_TEXT).unwrap();
+        assert_eq!((tokenizer.end_of_text(), tokenizer.vocabulary()), (0, 400));
+        for text in ["the quick brown fox", "<|endoftext|> 東京\n\t ü", ""] {
+            let ids = tokenizer.encode(text).unwrap();
+            assert_eq!(tokenizer.decode(&ids).unwrap(), text);
+        }
+        assert!(tokenizer.encode("the quick brown fox").unwrap().len() < 6);
+    }
+
+    #[test]
+    fn the_same_documents_give_the_same_file_whatever_their_order_and_the_threads() {
+        let one = tempfile::tempdir().unwrap();
+        fs::write(one.path().join("a.jsonl"), lines(0..600)).unwrap();
+        let other = tempfile::tempdir().unwrap();
+        fs::write(other.path().join("a.jsonl"), lines(300..600) + &lines(100..300)).unwrap();
+        fs::write(other.path().join("b.jsonl"), "not json\n".to_owned() + &lines(0..400)).unwrap();
+        // Less than there is: a sample has to be drawn.
+        let expected = train(&request(&one, 350, 20_000)).unwrap();
+        assert!(expected.sample_bytes <= 20_000 && expected.documents > 200, "{expected:?}");
+        for threads in [1, 3] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let trained = pool.install(|| train(&request(&other, 350, 20_000))).unwrap();
+            assert_eq!(trained.skipped, 1);
+            assert!(trained.json == expected.json, "{threads} threads");
+        }
+    }
+
+    #[test]
+    fn too_little_text_gives_a_smaller_vocabulary_and_none_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("a.txt"), "abcabc").unwrap();
+        assert!((258..300).contains(&train(&request(&folder, 1_000, 100)).unwrap().vocabulary));
+        let error = train(&request(&folder, 256, 100)).unwrap_err();
+        assert!(error.to_string().contains("no room for the 256 bytes"), "{error}");
+        fs::write(folder.path().join("a.txt"), " ").unwrap();
+        let error = train(&request(&folder, 1_000, 100)).unwrap_err();
+        assert!(matches!(error, DataError::NoDocuments { .. }), "{error}");
+    }
+}
