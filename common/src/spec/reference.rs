@@ -194,6 +194,6 @@ mod tests {
                 tried += 1;
             }
         }
-        assert_eq!(tried, 11, "alternatives in the reference");
+        assert_eq!(tried, 14, "alternatives in the reference");
     }
 }
