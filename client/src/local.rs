@@ -13,6 +13,7 @@ use consort_common::checkpoint::{CheckpointError, CheckpointReader};
 
 use crate::{
     data::{DataError, HeldOut, Tokenizer},
+    steps,
     trainer::{Device, EvaluationSum, LanguageModel, Sampling, TrainerError},
 };
 
@@ -41,7 +42,7 @@ pub fn load(checkpoint: &CheckpointReader, device: Device) -> Result<LanguageMod
     LanguageModel::load(checkpoint.architecture(), device, |start, piece| Ok(checkpoint.fill(start, piece)?))
 }
 
-/// The loss of `model` on held-out text.
+/// The loss of `model` on held-out text. `tell` is told how many tokens were handed out.
 ///
 /// # Errors
 /// The model's context is shorter than the text's windows, the text has tokens that it does not know, or the
@@ -49,12 +50,13 @@ pub fn load(checkpoint: &CheckpointReader, device: Device) -> Result<LanguageMod
 pub fn evaluate(
     model: &LanguageModel,
     held_out: &HeldOut,
+    tell: &dyn Fn(u64),
     cancelled: &dyn Fn() -> bool,
 ) -> Result<EvaluationSum, LocalError> {
-    let mut damage = None;
-    let windows = held_out.windows().map_while(|window| window.map_err(|error| damage = Some(error)).ok());
-    let sum = model.evaluate(windows, EVALUATION_SEQUENCES, cancelled)?;
-    damage.map_or(Ok(sum), |error| Err(error.into()))
+    let evaluate = |windows: &mut dyn Iterator<Item = Vec<i64>>| {
+        model.evaluate(windows, EVALUATION_SEQUENCES, cancelled)
+    };
+    steps::held_out_loss(held_out, tell, evaluate)
 }
 
 /// The logits `[tokens, vocabulary]`, row by row, that the checkpoint in `directory` gives after each of
@@ -190,8 +192,8 @@ mod tests {
         let read = load(&CheckpointReader::open(&directory).unwrap(), test_device()).unwrap();
         let held = LanguageModel::from_flat(&site.spec.model, &flat, test_device()).unwrap();
         assert_eq!(
-            evaluate(&read, &site.held_out, &go_on).unwrap(),
-            evaluate(&held, &site.held_out, &go_on).unwrap()
+            evaluate(&read, &site.held_out, &|_| (), &go_on).unwrap(),
+            evaluate(&held, &site.held_out, &|_| (), &go_on).unwrap()
         );
         let logits = logits_of_checkpoint(&directory, &[84, 104, 101], test_device()).unwrap();
         assert_eq!(logits.len(), 3 * 257);

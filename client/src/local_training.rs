@@ -374,8 +374,11 @@ impl Loop<'_> {
             && let Some(held_out) = self.held_out
         {
             let cancelled = self.cancelled;
-            let sum =
-                self.steps.aside(|trainer| steps::held_out_loss(trainer, held_out, &|_| (), cancelled))??;
+            let sum = self.steps.aside(|trainer| {
+                let evaluate =
+                    |windows: &mut dyn Iterator<Item = Vec<i64>>| trainer.evaluate(windows, cancelled);
+                steps::held_out_loss::<StepsError>(held_out, &|_| (), evaluate)
+            })??;
             held_out_loss = Some(sum.loss());
             self.measured = Some(sum);
         }

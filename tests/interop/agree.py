@@ -20,15 +20,16 @@ for ours in sorted(folder.glob("ours-*")):
     model, info = AutoModelForCausalLM.from_pretrained(ours, dtype=torch.float32, output_loading_info=True)
     for key in ["missing_keys", "unexpected_keys", "mismatched_keys"]:
         assert not info[key], f"{model.config}\n{key}: {info[key]}"
-    model.eval().to(getattr(torch, plan["dtype"]))
+    model.to(getattr(torch, plan["dtype"]))
     theirs = folder / ours.name.replace("ours", "theirs")
     model.save_pretrained(theirs, max_shard_size=plan["shard_bytes"])
     for name in ["tokenizer.json", "tokenizer_config.json"]:
         shutil.copy(ours / name, theirs / name)
     files += len(list(theirs.glob("*.safetensors")))
     # The weights are rounded as they were saved, the computation is not.
+    model = AutoModelForCausalLM.from_pretrained(theirs, dtype=torch.float32).eval()
     with torch.no_grad():
-        logits = model.float()(torch.tensor([plan["tokens"]])).logits[0]
+        logits = model(torch.tensor([plan["tokens"]])).logits[0]
     deviations.append(logits.std().item())
     theirs.with_suffix(".json").write_text(json.dumps({"logits": logits.tolist()}))
 print(f"{len(deviations)} models in {files} files, standard deviations of their logits "

@@ -37,11 +37,6 @@ pub(super) fn prepare(
 /// The loss of `model` on `held_out`, with progress.
 pub(super) fn measure(model: &LanguageModel, held_out: &HeldOut) -> Result<EvaluationSum> {
     let bar = std::cell::RefCell::new(Bar::new("measuring"));
-    let message = format!("{} tokens", held_out.tokens());
-    // Asked before each batch, whose size is the model's business: a sign of life, without a share.
-    let alive = || {
-        bar.borrow_mut().pulse(&message);
-        false
-    };
-    Ok(local::evaluate(model, held_out, &alive)?)
+    let tell = |tokens| bar.borrow_mut().update(tokens, held_out.tokens(), "");
+    Ok(local::evaluate(model, held_out, &tell, &|| false)?)
 }
