@@ -6,6 +6,7 @@
 //! |---|---|---|
 //! | `parameters.f32` | the flat vector that the sites hold, fp32 little-endian | always |
 //! | `momentum.f32` | the outer optimizer's momentum, of the same shape | the optimizer has one |
+//! | `second-moment.f32` | its second moment, of the same shape | the optimizer has one |
 //! | `residual.f32` | what rounding for the wire dropped, of the same shape | it enters the next round |
 //! | `update.bin` | the encoded chunks of what the round changed, at fixed distances | updates are sent |
 //! | `chunks.digests` | BLAKE3 of the vector and of each chunk as it is sent, an XXH3 checksum of each chunk of each file | always |
@@ -38,7 +39,8 @@ use consort_common::{
 };
 
 use self::files::{
-    MOMENTUM_FILE, NewFiles, PARAMETERS_FILE, Parts, Place, RESIDUAL_FILE, StoredPart, UPDATE_FILE, checksum,
+    MOMENTUM_FILE, NewFiles, PARAMETERS_FILE, Parts, Place, RESIDUAL_FILE, SECOND_MOMENT_FILE, StoredPart,
+    UPDATE_FILE, checksum,
 };
 pub(crate) use self::new_version::{ChunkRecord, NewChunk};
 use self::writeback::Writeback;
@@ -110,6 +112,8 @@ pub struct ModelLayout {
     pub encoding: ModelEncoding,
     /// Whether the outer optimizer has momentum.
     pub momentum: bool,
+    /// Whether it has a second moment.
+    pub second_moment: bool,
 }
 
 impl ModelLayout {
@@ -152,7 +156,8 @@ impl ModelLayout {
 
     /// Bytes of all chunked files of `version`.
     pub(crate) fn version_bytes(self, version: u32) -> u64 {
-        let vectors = 1 + u64::from(self.momentum) + u64::from(self.has_residual());
+        let optional = [self.momentum, self.second_moment, self.has_residual()].map(u64::from);
+        let vectors = 1 + optional.iter().sum::<u64>();
         vectors * self.vector_bytes() + self.update_of(version).map_or(0, |_| self.update_bytes())
     }
 }
@@ -368,6 +373,12 @@ impl ModelVersion {
     /// Like [`ModelVersion::read_parameters`] for the momentum.
     pub(crate) fn read_momentum(&self, index: u32, values: &mut [f32]) -> Result<(), ModelError> {
         self.read(self.part(&self.parts.momentum, MOMENTUM_FILE)?, index, bytemuck::cast_slice_mut(values))
+    }
+
+    /// Like [`ModelVersion::read_parameters`] for the second moment.
+    pub(crate) fn read_second_moment(&self, index: u32, values: &mut [f32]) -> Result<(), ModelError> {
+        let part = self.part(&self.parts.second_moment, SECOND_MOMENT_FILE)?;
+        self.read(part, index, bytemuck::cast_slice_mut(values))
     }
 
     /// Like [`ModelVersion::read_parameters`] for the residual.

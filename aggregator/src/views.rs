@@ -282,6 +282,12 @@ fn round_summary(row: &RoundRow, evaluations: &[v1::VersionEvaluation]) -> v1::R
         train_loss: row.train_loss,
         delta_norm: row.delta_norm,
         update_norm: row.update_norm,
+        statistics: row.statistics.map(|statistics| v1::RoundStatistics {
+            parameter_norm: statistics.parameter_norm,
+            momentum_norm: statistics.momentum_norm,
+            update_cosine: statistics.update_cosine,
+            spread: statistics.spread,
+        }),
         validation_loss: evaluations.iter().find(|one| one.version == row.round).map(|one| one.loss),
         bytes_down: row.bytes_down,
         bytes_up: row.bytes_up,

@@ -23,7 +23,7 @@ use clap::Parser;
 use consort_aggregator::{
     aligned::AlignedVec,
     models::{ModelFiles, ModelLayout},
-    reduce::{RoundFold, Share, WeightedContribution, create_initial, has_momentum},
+    reduce::{RoundFold, Share, WeightedContribution, create_initial, has_momentum, initial_second_moment},
     spool::{ContributionKey, DeltaLayout, Spool, SpoolLimits},
 };
 use consort_common::{
@@ -213,6 +213,7 @@ impl Row {
             plan: ChunkPlan::new(self.parameters, WireSpec::default().chunk_parameters),
             encoding: self.model,
             momentum: has_momentum(&self.optimizer()),
+            second_moment: initial_second_moment(&self.optimizer()).is_some(),
         }
     }
 

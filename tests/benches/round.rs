@@ -22,10 +22,11 @@ use std::{
 };
 
 use clap::Parser;
+use consort_aggregator::reduce::{has_momentum, initial_second_moment};
 use consort_common::{
     chunk::ChunkPlan,
     codec::{Encoding, ModelEncoding},
-    spec::{OuterOptimizer, RunSpec},
+    spec::RunSpec,
 };
 use consort_proto::v1::Train;
 use consort_tests::{
@@ -122,14 +123,15 @@ async fn row(arguments: &Arguments, clients: u32) {
     let plan = spec.chunk_plan();
     let model_bytes = plan.parameters() * 4;
     let update_bytes = spec.wire.model_encoding.update().map(|encoding| encoded_bytes(plan, encoding));
-    let has_momentum = matches!(spec.outer.optimizer, OuterOptimizer::Nesterov { .. });
+    let optimizer = &spec.outer.optimizer;
+    let moments = u64::from(has_momentum(optimizer)) + u64::from(initial_second_moment(optimizer).is_some());
     let sizes = Sizes {
         clients: u64::from(clients),
         model_bytes,
         download_bytes: update_bytes.unwrap_or(encoded_bytes(plan, spec.wire.model_encoding.whole())),
         delta_bytes: payloads.delta_bytes(),
         written_bytes: u64::from(clients) * payloads.delta_bytes()
-            + model_bytes * (1 + u64::from(has_momentum))
+            + model_bytes * (1 + moments)
             + update_bytes.unwrap_or_default(),
     };
     let state = federation.aggregator_state();

@@ -60,8 +60,13 @@ impl RunMaterial {
 impl RunMaterial {
     /// What the run's versions consist of.
     pub fn layout(&self) -> ModelLayout {
-        let momentum = reduce::has_momentum(&self.spec.outer.optimizer);
-        ModelLayout { plan: self.plan, encoding: self.spec.wire.model_encoding, momentum }
+        let optimizer = &self.spec.outer.optimizer;
+        ModelLayout {
+            plan: self.plan,
+            encoding: self.spec.wire.model_encoding,
+            momentum: reduce::has_momentum(optimizer),
+            second_moment: reduce::initial_second_moment(optimizer).is_some(),
+        }
     }
 }
 

@@ -340,6 +340,7 @@ impl Driver {
             train_loss: round.train_loss(),
             delta_norm: round.reduced.delta_norm,
             update_norm: round.reduced.update_norm,
+            statistics: Some(round.reduced.statistics),
             bytes_down: counted.0.saturating_sub(down),
             bytes_up: counted.1.saturating_sub(up),
             digest: round.reduced.digest,

@@ -14,7 +14,7 @@ use tokio::task::spawn_blocking;
 
 use super::{Driver, DriverError, RunMaterial, write_error};
 use crate::{
-    engine::{Event, ReducedFacts, Weighted},
+    engine::{Event, ReducedFacts, RoundStatistics, Weighted},
     reduce::{self, ReduceInputs, WeightedContribution},
     spool::ContributionKey,
     store::{CheckpointRow, Record},
@@ -84,6 +84,7 @@ impl Driver {
         let (driver, material) = (self.clone(), material.clone());
         let begun = unix_ms_now();
         let contributors = contributions.len();
+        let mean_square = mean_square_norm(&contributions);
         let mut claim = driver.early.claim(&material.name).await;
         let outcome = spawn_blocking(move || -> Result<_, DriverError> {
             let contributions = contributions.into_iter().map(|weighted| {
@@ -127,7 +128,17 @@ impl Driver {
         let took = units::duration_ms(unix_ms_now().saturating_sub(begun));
         let digest = outcome.version.digest();
         tracing::info!(round, contributors, took, digest = %digest.short(), "reduced");
-        Ok(ReducedFacts { digest, delta_norm: outcome.delta_norm, update_norm: outcome.update_norm })
+        Ok(ReducedFacts {
+            digest,
+            delta_norm: outcome.delta_norm,
+            update_norm: outcome.update_norm,
+            statistics: RoundStatistics {
+                parameter_norm: outcome.statistics.parameter_norm,
+                momentum_norm: outcome.statistics.momentum_norm,
+                update_cosine: outcome.statistics.update_cosine,
+                spread: spread(mean_square, outcome.delta_norm),
+            },
+        })
     }
 
     pub(super) fn begin_publish(self: &Arc<Self>, material: &Arc<RunMaterial>, version: u32) {
@@ -269,6 +280,20 @@ impl Driver {
     }
 }
 
+/// Weighted mean of the squared norms of the deltas, as the sites reported them.
+fn mean_square_norm(contributions: &[Weighted]) -> f64 {
+    let total: f64 = contributions.iter().map(|one| one.weight).sum();
+    contributions.iter().map(|one| one.weight / total * one.contribution.facts.delta_norm.powi(2)).sum()
+}
+
+/// Weighted mean of the squared distances of the deltas to their mean, as a multiple of the mean's squared norm:
+/// the mean of their squares, less the square of their mean.
+fn spread(mean_square_norm: f64, mean_norm: f64) -> Option<f64> {
+    let spread = mean_square_norm / mean_norm.powi(2) - 1.0;
+    // The norms are those before encoding, which may make them a little smaller than those that were averaged.
+    spread.is_finite().then_some(spread.max(0.0))
+}
+
 /// What the specification does not keep (`keep` newest; 0: all) of the published checkpoints and `new`,
 /// which may be older than some: it may have been tried for long.
 fn retired_checkpoints(
@@ -306,6 +331,17 @@ fn end_of_text(spec: &TokenizerSpec, tokenizer_json: &str) -> Result<(String, u3
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Deltas (3, 0) and (0, 3) with the weights 1 and 2: their mean is (1, 2), of squared norm 5; the first is
+    /// (2, -2) from it, the second (-1, 1), of squares 8 and 2, in the mean 12 / 3 = 4.
+    #[test]
+    fn the_spread_is_the_mean_squared_distance_to_the_mean() {
+        let found = spread(9.0, 5f64.sqrt()).unwrap();
+        assert!((found - 4.0 / 5.0).abs() < 1e-12, "{found}");
+        assert_eq!(spread(5.0, 5f64.sqrt()).map(|found| found < 1e-12), Some(true));
+        assert_eq!(spread(4.999, 5f64.sqrt()), Some(0.0));
+        assert_eq!((spread(0.0, 0.0), spread(1.0, 0.0)), (None, None));
+    }
 
     #[test]
     fn a_checkpoint_that_was_published_late_does_not_retire_a_newer_one() {

@@ -107,6 +107,24 @@ pub struct ReducedFacts {
     pub delta_norm: f64,
     /// L2 norm of the update that the outer optimizer applied.
     pub update_norm: f64,
+    /// How else the round moved the model.
+    pub statistics: RoundStatistics,
+}
+
+/// How a round moved the model, beside the norms of the averaged delta and of the update. For people and charts:
+/// nothing is decided by it.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct RoundStatistics {
+    /// L2 norm of the new parameters.
+    pub parameter_norm: f64,
+    /// L2 norm of the outer optimizer's momentum after the round, where it has one.
+    pub momentum_norm: Option<f64>,
+    /// Cosine of the angle between this round's update and the one before; none in the first round, and where one
+    /// of them is zero.
+    pub update_cosine: Option<f64>,
+    /// Weighted mean of the squared distances of the deltas to their mean, as a multiple of the mean's squared
+    /// norm, from the norms that the sites reported; none where the mean is zero.
+    pub spread: Option<f64>,
 }
 
 /// Loss of one version on one site's held-out text.

@@ -48,7 +48,12 @@ pub(super) fn facts(name: &SiteName, round: u32) -> ContributionFacts {
 }
 
 pub(super) fn reduced(round: u32) -> ReducedFacts {
-    ReducedFacts { digest: Digest::of(&round.to_le_bytes()), delta_norm: 0.2, update_norm: 0.1 }
+    ReducedFacts {
+        digest: Digest::of(&round.to_le_bytes()),
+        delta_norm: 0.2,
+        update_norm: 0.1,
+        statistics: RoundStatistics::default(),
+    }
 }
 
 struct World {

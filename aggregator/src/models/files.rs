@@ -17,6 +17,7 @@ use super::{ModelError, ModelLayout};
 
 pub(super) const PARAMETERS_FILE: &str = "parameters.f32";
 pub(super) const MOMENTUM_FILE: &str = "momentum.f32";
+pub(super) const SECOND_MOMENT_FILE: &str = "second-moment.f32";
 pub(super) const RESIDUAL_FILE: &str = "residual.f32";
 pub(super) const UPDATE_FILE: &str = "update.bin";
 pub(super) const DIGESTS_FILE: &str = "chunks.digests";
@@ -35,6 +36,7 @@ pub(super) fn checksum(bytes: &[u8]) -> u64 {
 pub(super) struct Parts<T> {
     pub(super) parameters: T,
     pub(super) momentum: Option<T>,
+    pub(super) second_moment: Option<T>,
     pub(super) residual: Option<T>,
     pub(super) update: Option<T>,
 }
@@ -50,6 +52,10 @@ impl<T> Parts<T> {
         Ok(Self {
             parameters: make(PARAMETERS_FILE, vector_bytes)?,
             momentum: layout.momentum.then(|| make(MOMENTUM_FILE, vector_bytes)).transpose()?,
+            second_moment: layout
+                .second_moment
+                .then(|| make(SECOND_MOMENT_FILE, vector_bytes))
+                .transpose()?,
             residual: layout.has_residual().then(|| make(RESIDUAL_FILE, vector_bytes)).transpose()?,
             update: layout
                 .update_of(version)
@@ -59,7 +65,8 @@ impl<T> Parts<T> {
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &T> {
-        [Some(&self.parameters), self.momentum.as_ref(), self.residual.as_ref(), self.update.as_ref()]
+        let Self { parameters, momentum, second_moment, residual, update } = self;
+        [Some(parameters), momentum.as_ref(), second_moment.as_ref(), residual.as_ref(), update.as_ref()]
             .into_iter()
             .flatten()
     }
@@ -68,8 +75,9 @@ impl<T> Parts<T> {
 impl Parts<StoredPart> {
     /// The same with their checksums, one list for each part.
     pub(super) fn with_checksums(mut self, checksums: Vec<Vec<u64>>) -> Self {
-        let Self { parameters, momentum, residual, update } = &mut self;
-        let parts = [Some(parameters), momentum.as_mut(), residual.as_mut(), update.as_mut()];
+        let Self { parameters, momentum, second_moment, residual, update } = &mut self;
+        let parts =
+            [Some(parameters), momentum.as_mut(), second_moment.as_mut(), residual.as_mut(), update.as_mut()];
         for (part, checksums) in parts.into_iter().flatten().zip(checksums) {
             part.checksums = checksums;
         }

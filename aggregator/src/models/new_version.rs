@@ -14,8 +14,8 @@ use rayon::prelude::*;
 use super::{
     ModelError, ModelFiles, ModelLayout, ModelVersion, VALUE_BYTES,
     files::{
-        DIGESTS_FILE, Digests, MOMENTUM_FILE, NewFiles, PARAMETERS_FILE, Place, RESIDUAL_FILE, UPDATE_FILE,
-        checksum,
+        DIGESTS_FILE, Digests, MOMENTUM_FILE, NewFiles, PARAMETERS_FILE, Place, RESIDUAL_FILE,
+        SECOND_MOMENT_FILE, UPDATE_FILE, checksum,
     },
     writeback::Writeback,
 };
@@ -31,6 +31,8 @@ pub(crate) struct NewChunk<'a> {
     pub parameters: &'a [f32],
     /// Of the outer optimizer.
     pub momentum: &'a [f32],
+    /// Of the same.
+    pub second_moment: &'a [f32],
     /// What rounding dropped.
     pub residual: &'a [f32],
     /// The parameters as they are sent, where that is not as they lie in memory.
@@ -46,7 +48,7 @@ pub(crate) struct ChunkRecord {
     whole: Option<Digest>,
     update: Option<Digest>,
     /// In the order of the parts.
-    checksums: [Option<u64>; 4],
+    checksums: [Option<u64>; 5],
 }
 
 /// A version that is being written. Dropped unfinished, it leaves nothing.
@@ -94,6 +96,11 @@ impl NewVersion {
             checksums: [
                 Some(self.write_part(&parts.parameters, PARAMETERS_FILE, index, parameters)?),
                 optional(&parts.momentum, MOMENTUM_FILE, bytemuck::cast_slice(chunk.momentum))?,
+                optional(
+                    &parts.second_moment,
+                    SECOND_MOMENT_FILE,
+                    bytemuck::cast_slice(chunk.second_moment),
+                )?,
                 optional(&parts.residual, RESIDUAL_FILE, bytemuck::cast_slice(chunk.residual))?,
                 optional(&parts.update, UPDATE_FILE, chunk.update_payload)?,
             ],
@@ -127,7 +134,7 @@ impl NewVersion {
         });
         let (whole, of_chunks) = hashed.map_err(explain)?;
         let of_chunks = of_chunks.into_iter().map(Some).chain(repeat(None));
-        let checksums = (0..4).map(|part| chunks.iter().filter_map(|chunk| chunk.checksums[part]).collect());
+        let checksums = (0..5).map(|part| chunks.iter().filter_map(|chunk| chunk.checksums[part]).collect());
         let digests = Digests {
             whole,
             chunks: chunks.iter().zip(of_chunks).filter_map(|(chunk, found)| chunk.whole.or(found)).collect(),

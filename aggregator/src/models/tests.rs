@@ -23,7 +23,7 @@ fn ramp(length: u16) -> Vec<f32> {
 }
 
 fn layout(plan: ChunkPlan, momentum: bool) -> ModelLayout {
-    ModelLayout { plan, encoding: ModelEncoding::Fp32, momentum }
+    ModelLayout { plan, encoding: ModelEncoding::Fp32, momentum, second_moment: false }
 }
 
 /// Ten values in three chunks, without momentum.

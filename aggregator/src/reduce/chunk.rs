@@ -16,7 +16,9 @@ use consort_common::{codec::Encoding, ids::Digest, spec::OuterOptimizer};
 use super::{
     ReduceError, Share,
     broadcast::{self, Rounding},
-    damaged, kernel, outer,
+    damaged, kernel,
+    outer::{self, Moments},
+    statistics::Sums,
 };
 use crate::{
     aligned::AlignedVec,
@@ -35,6 +37,8 @@ pub(super) struct Inputs {
     /// In canonical order.
     pub(super) shares: Vec<Share>,
     pub(super) base: ModelVersion,
+    /// The version before the base, where it is still there: by it successive updates are compared.
+    previous: Option<ModelVersion>,
     optimizer: OuterOptimizer,
     rounding: Rounding,
     residual_decay: f32,
@@ -52,8 +56,11 @@ pub(super) struct Scratch {
     sums: AlignedVec<f64>,
     base: AlignedVec<f32>,
     momentum: AlignedVec<f32>,
+    second_moment: AlignedVec<f32>,
     residual: AlignedVec<f32>,
     parameters: AlignedVec<f32>,
+    /// Of the version before the base.
+    previous: AlignedVec<f32>,
     /// What the new version's form sends.
     sent: AlignedVec<u8>,
     /// A tile of each delta of one group.
@@ -70,6 +77,7 @@ pub(super) struct FoldedChunk {
     pub(super) digests: Box<[Digest]>,
     pub(super) delta_square: f64,
     pub(super) update_square: f64,
+    pub(super) sums: Sums,
 }
 
 /// Two sums of squares that grow tile by tile.
@@ -80,7 +88,12 @@ struct Squares {
 }
 
 impl Inputs {
-    pub(super) fn new(shares: Vec<Share>, base: ModelVersion, optimizer: OuterOptimizer) -> Self {
+    pub(super) fn new(
+        shares: Vec<Share>,
+        base: ModelVersion,
+        previous: Option<ModelVersion>,
+        optimizer: OuterOptimizer,
+    ) -> Self {
         let form = base.layout().encoding;
         let encodings = shares.iter().map(Share::encoding).chain(Rounding::new(form).encoding());
         let blocks = encodings.map(|encoding| encoding.codec().block_parameters());
@@ -92,6 +105,7 @@ impl Inputs {
             residual_decay: form.residual_decay().unwrap_or_default(),
             shares,
             base,
+            previous,
             optimizer,
         }
     }
@@ -99,7 +113,9 @@ impl Inputs {
     /// Bytes of one core's vectors, about.
     pub(super) fn scratch_bytes(&self) -> usize {
         let layout = self.base.layout();
-        let vectors = 4 + usize::from(layout.momentum) + usize::from(layout.has_residual());
+        let optional =
+            [layout.momentum, layout.second_moment, layout.has_residual(), self.previous.is_some()];
+        let vectors = 4 + optional.into_iter().map(usize::from).sum::<usize>();
         let chunk = self.base.plan().chunk_parameters() as usize;
         let sent = self.rounding.encoding().map_or(0, |encoding| encoding.codec().encoded_bytes(chunk));
         let payloads = self.shares.iter().map(|share| share.encoding().codec().encoded_bytes(chunk));
@@ -120,8 +136,17 @@ impl Inputs {
         if !scratch.momentum.is_empty() {
             self.base.read_momentum(index, &mut scratch.momentum)?;
         }
+        if !scratch.second_moment.is_empty() {
+            match outer::initial_second_moment(&self.optimizer).filter(|_| self.base.version() == 0) {
+                Some(initial) => scratch.second_moment.fill(initial),
+                None => self.base.read_second_moment(index, &mut scratch.second_moment)?,
+            }
+        }
         if !scratch.residual.is_empty() {
             self.base.read_residual(index, &mut scratch.residual)?;
+        }
+        if let Some(previous) = &self.previous {
+            previous.read_parameters(index, &mut scratch.previous)?;
         }
 
         scratch.sums.fill(0.0);
@@ -148,12 +173,19 @@ impl Inputs {
             let at = scratch.parameters.iter().position(|value| !value.is_finite());
             return Err(self.not_finite(index, at.unwrap_or_default()));
         }
+        // A second moment that overflowed would stay so, and its parameter where it is.
+        if let Some(at) = scratch.second_moment.iter().position(|value| !value.is_finite()) {
+            return Err(self.not_finite(index, at));
+        }
+        let Scratch { parameters, base, momentum, previous, .. } = &*scratch;
+        let sums = Sums::of_chunk(parameters, base, momentum, previous);
         let chunk = scratch.new_chunk(self.base.layout().update_of(new.version()).is_some());
         Ok(FoldedChunk {
             record: new.write(index, chunk)?,
             digests: digests.into(),
             delta_square,
             update_square,
+            sums,
         })
     }
 
@@ -217,20 +249,23 @@ impl Inputs {
         end: usize,
         squares: &mut Squares,
     ) -> Result<(), usize> {
-        let Scratch { sums, base, momentum, residual, parameters, sent, delta, .. } = scratch;
+        let Scratch { sums, base, momentum, second_moment, residual, parameters, sent, delta, .. } = scratch;
         let delta = &mut delta[..end - begin];
         let sums = &mut sums[begin..end];
         let base = &base[begin..end];
         let parameters = &mut parameters[begin..end];
-        let momentum = momentum.get_mut(begin..end).unwrap_or_default();
+        let moments = Moments {
+            momentum: momentum.get_mut(begin..end).unwrap_or_default(),
+            second: second_moment.get_mut(begin..end).unwrap_or_default(),
+        };
         let residual = residual.get_mut(begin..end).unwrap_or_default();
         kernel::round(sums, delta, &mut squares.delta);
         if residual.is_empty() {
-            outer::step(&self.optimizer, delta, base, parameters, momentum);
+            outer::step(&self.optimizer, delta, base, parameters, moments);
         } else {
             let start = sums; // The mean is taken; its place is free.
             broadcast::add_residual(base, residual, self.residual_decay, start);
-            outer::step(&self.optimizer, delta, start, parameters, momentum);
+            outer::step(&self.optimizer, delta, start, parameters, moments);
         }
         let sent = match self.rounding.encoding().map(Encoding::codec) {
             Some(codec) => {
@@ -259,8 +294,11 @@ impl Scratch {
         self.sums.resize(length);
         self.base.resize(length);
         self.parameters.resize(length);
-        self.momentum.resize(if outer::has_momentum(&inputs.optimizer) { length } else { 0 });
-        self.residual.resize(if layout.has_residual() { length } else { 0 });
+        let optional = |there: bool| if there { length } else { 0 };
+        self.momentum.resize(optional(layout.momentum));
+        self.second_moment.resize(optional(layout.second_moment));
+        self.residual.resize(optional(layout.has_residual()));
+        self.previous.resize(optional(inputs.previous.is_some()));
         self.decoded.iter_mut().for_each(|decoded| decoded.resize(inputs.tile_parameters));
         self.delta.resize(inputs.tile_parameters);
         let sent = inputs.rounding.encoding();
@@ -268,9 +306,9 @@ impl Scratch {
     }
 
     fn new_chunk(&self, update: bool) -> NewChunk<'_> {
-        let Self { parameters, momentum, residual, sent, .. } = self;
+        let Self { parameters, momentum, second_moment, residual, sent, .. } = self;
         let (whole_payload, update_payload) =
             if update { (&[][..], &sent[..]) } else { (&sent[..], &[][..]) };
-        NewChunk { parameters, momentum, residual, whole_payload, update_payload }
+        NewChunk { parameters, momentum, second_moment, residual, whole_payload, update_payload }
     }
 }

@@ -16,7 +16,8 @@ use consort_common::{codec::Encoding, ids::Digest, spec::OuterOptimizer};
 use super::{
     ReduceError, Reduction, WeightedContribution,
     chunk::{FoldedChunk, Inputs, Scratch},
-    outer::has_momentum,
+    outer::{has_momentum, initial_second_moment},
+    statistics::Sums,
 };
 use crate::{
     models::{ModelError, ModelFiles, ModelLayout, ModelVersion, NewVersion},
@@ -60,7 +61,7 @@ pub struct RoundFold {
 enum Progress {
     Open,
     UnderWay,
-    Folded(FoldedChunk),
+    Folded(Box<FoldedChunk>),
 }
 
 impl RoundFold {
@@ -77,11 +78,16 @@ impl RoundFold {
     ) -> Result<Self, ReduceError> {
         shares.sort_by(|a, b| a.delta.key().cmp(b.delta.key()));
         check(&shares, &base)?;
-        let layout = ModelLayout { momentum: has_momentum(&optimizer), ..base.layout() };
+        let (momentum, second_moment) =
+            (has_momentum(&optimizer), initial_second_moment(&optimizer).is_some());
+        let layout = ModelLayout { momentum, second_moment, ..base.layout() };
+        let previous = base.version().checked_sub(1);
+        // It may be gone; what is recorded of the round then says less.
+        let previous = previous.and_then(|version| models.open(base.run(), version, base.layout()).ok());
         let new = models.begin(base.run(), base.version() + 1, layout)?;
         let chunks = (0..layout.plan.chunks()).map(|_| Progress::Open).collect();
         Ok(Self {
-            inputs: Inputs::new(shares, base, optimizer),
+            inputs: Inputs::new(shares, base, previous, optimizer),
             new,
             chunks: Mutex::new(chunks),
             idle: Mutex::default(),
@@ -123,7 +129,7 @@ impl RoundFold {
         let folded = self.inputs.fold(index, &mut scratch, &self.new);
         lock(&self.idle).push(scratch);
         let (progress, result) = match folded {
-            Ok(folded) => (Progress::Folded(folded), Ok(())),
+            Ok(folded) => (Progress::Folded(Box::new(folded)), Ok(())),
             Err(error) => (Progress::Open, Err(error)),
         };
         lock(&self.chunks)[index as usize] = progress;
@@ -171,7 +177,7 @@ impl RoundFold {
             .unwrap_or_else(PoisonError::into_inner)
             .into_iter()
             .filter_map(|progress| match progress {
-                Progress::Folded(folded) => Some(folded),
+                Progress::Folded(folded) => Some(*folded),
                 Progress::Open | Progress::UnderWay => None,
             })
             .collect();
@@ -179,11 +185,15 @@ impl RoundFold {
             let accepted = accepted.iter().find(|accepted| accepted.key == *share.delta.key());
             check_delta(share.delta.key(), accepted, folded.iter().map(|chunk| chunk.digests[place]))?;
         }
+        let mut sums = Sums::default();
+        folded.iter().for_each(|chunk| sums.add(chunk.sums));
+        let update_square = folded.iter().map(|chunk| chunk.update_square).sum::<f64>();
         let records: Vec<_> = folded.iter().map(|chunk| chunk.record).collect();
         Ok(Reduction {
             version: new.finish(&records)?,
             delta_norm: folded.iter().map(|chunk| chunk.delta_square).sum::<f64>().sqrt(),
-            update_norm: folded.iter().map(|chunk| chunk.update_square).sum::<f64>().sqrt(),
+            update_norm: update_square.sqrt(),
+            statistics: sums.statistics(update_square, inputs.base.layout().momentum),
         })
     }
 }

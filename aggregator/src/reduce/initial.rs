@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::broadcast::Rounding;
 use crate::models::{ChunkRecord, ModelError, ModelFiles, ModelLayout, ModelVersion, NewChunk, NewVersion};
 
-/// Writes version 0, rounded to what is sent, with a momentum of zeros where the layout has one: `fill` is
+/// Writes version 0, rounded to what is sent, with moments of zeros where the layout has any: `fill` is
 /// called with a position and the chunk of the flat vector that begins there, by several threads at a time. To
 /// be called before the run is recorded, never after: it replaces a version 0 that is there.
 ///
@@ -48,7 +48,8 @@ impl Scratch {
         let length = layout.plan.length(index).map_err(ModelError::from)?;
         parameters.resize(length, 0.0);
         residual.resize(if layout.has_residual() { length } else { 0 }, 0.0);
-        zeros.resize(if layout.momentum { length } else { 0 }, 0.0);
+        zeros.resize(length, 0.0);
+        let zeros = |there: bool| if there { &zeros[..] } else { &[] };
         fill(layout.plan.range(index).map_err(ModelError::from)?.start, parameters)?;
 
         let rounding = Rounding::new(layout.encoding);
@@ -58,8 +59,15 @@ impl Scratch {
             let rounded = rounding.apply(&[], parameters, residual, payload);
             rounded.map_err(|error| ModelError::from(io::Error::other(error)))?;
         }
-        let chunk =
-            NewChunk { parameters, momentum: zeros, residual, whole_payload: payload, update_payload: &[] };
+        let chunk = NewChunk {
+            parameters,
+            momentum: zeros(layout.momentum),
+            // What it is at first is put in its place when it is read.
+            second_moment: zeros(layout.second_moment),
+            residual,
+            whole_payload: payload,
+            update_payload: &[],
+        };
         Ok(version.write(index, chunk)?)
     }
 }

@@ -5,6 +5,7 @@
 //! | `fold` | a round's reduction, chunk by chunk, in any order of chunks |
 //! | `chunk` | one chunk: read, decode, weighted mean, outer step, rounding, in tiles |
 //! | `kernel`, `outer`, `broadcast` | the formulas |
+//! | `statistics` | what is recorded of a round beside its model |
 //! | `initial` | version 0 |
 //!
 //! Memory is O(cores x chunk): see `fold`. The result is a function of the base version, the set of weighted
@@ -22,6 +23,7 @@ mod fold;
 mod initial;
 mod kernel;
 mod outer;
+mod statistics;
 
 use consort_common::{
     codec::{DecodeError, Encoding},
@@ -33,7 +35,8 @@ use rayon::prelude::*;
 pub use self::{
     fold::{RoundFold, Share},
     initial::create_initial,
-    outer::has_momentum,
+    outer::{has_momentum, initial_second_moment},
+    statistics::ModelStatistics,
 };
 use crate::{
     models::{ModelError, ModelFiles, ModelVersion},
@@ -179,6 +182,8 @@ pub struct Reduction {
     pub delta_norm: f64,
     /// L2 norm of new minus base parameters.
     pub update_norm: f64,
+    /// How else the round moved the model.
+    pub statistics: ModelStatistics,
 }
 
 /// Averages the contributions, moves the base version by the outer optimizer's step and writes the next.

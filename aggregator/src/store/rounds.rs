@@ -12,6 +12,7 @@ use super::{
     Store, StoreError, contributions,
     values::{Columns, count, finite},
 };
+use crate::engine::RoundStatistics;
 
 /// A committed round.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,6 +35,8 @@ pub struct RoundRow {
     pub delta_norm: f64,
     /// L2 norm of the update that the outer optimizer applied.
     pub update_norm: f64,
+    /// How else it moved the model; none for a round of an older version.
+    pub statistics: Option<RoundStatistics>,
     /// Model payload sent for it.
     pub bytes_down: u64,
     /// Model payload received for it.
@@ -181,10 +184,12 @@ async fn insert_round(
     run: &RunName,
     row: &RoundRow,
 ) -> Result<(), StoreError> {
+    let statistics = row.statistics.as_ref();
+    let optional = |column, value: Option<f64>| value.map(|value| finite(column, value)).transpose();
     sqlx::query(
         "INSERT INTO rounds (run, round, started_ms, committed_ms, attempts, first_step, tokens, train_loss, \
-         delta_norm, update_norm, bytes_down, bytes_up, digest) \
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+         delta_norm, update_norm, bytes_down, bytes_up, digest, parameter_norm, momentum_norm, update_cosine, \
+         spread) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)",
     )
     .bind(run.as_str())
     .bind(i64::from(row.round))
@@ -199,6 +204,10 @@ async fn insert_round(
     .bind(count("rounds.bytes_down", row.bytes_down)?)
     .bind(count("rounds.bytes_up", row.bytes_up)?)
     .bind(row.digest.to_string())
+    .bind(optional("rounds.parameter_norm", statistics.map(|one| one.parameter_norm))?)
+    .bind(optional("rounds.momentum_norm", statistics.and_then(|one| one.momentum_norm))?)
+    .bind(optional("rounds.update_cosine", statistics.and_then(|one| one.update_cosine))?)
+    .bind(optional("rounds.spread", statistics.and_then(|one| one.spread))?)
     .execute(connection)
     .await
     .map_err(StoreError::of("commit a round"))?;
@@ -279,11 +288,22 @@ fn round_row(row: &SqliteRow) -> Result<RoundRow, StoreError> {
         train_loss: row.float("train_loss")?,
         delta_norm: row.float("delta_norm")?,
         update_norm: row.float("update_norm")?,
+        statistics: statistics(&row)?,
         bytes_down: row.count("bytes_down")?,
         bytes_up: row.count("bytes_up")?,
         digest: row.parsed("digest")?,
         contributors: row.count("contributors")?,
     })
+}
+
+fn statistics(row: &Columns<'_>) -> Result<Option<RoundStatistics>, StoreError> {
+    let Some(parameter_norm) = row.optional_float("parameter_norm")? else { return Ok(None) };
+    Ok(Some(RoundStatistics {
+        parameter_norm,
+        momentum_norm: row.optional_float("momentum_norm")?,
+        update_cosine: row.optional_float("update_cosine")?,
+        spread: row.optional_float("spread")?,
+    }))
 }
 
 fn evaluation_row(row: &SqliteRow) -> Result<EvaluationRow, StoreError> {

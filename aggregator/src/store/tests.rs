@@ -4,6 +4,7 @@ use consort_common::ids::{Digest, RunName, SiteName};
 use tempfile::TempDir;
 
 use super::*;
+use crate::engine::RoundStatistics;
 
 /// A database with the run "pilot".
 struct Fixture {
@@ -77,6 +78,12 @@ fn round_row(round: u32) -> RoundRow {
         train_loss: 2.5,
         delta_norm: 0.3,
         update_norm: 0.2,
+        statistics: Some(RoundStatistics {
+            parameter_norm: 12.5,
+            momentum_norm: Some(0.3),
+            update_cosine: Some(-0.25),
+            spread: None,
+        }),
         bytes_down: 11,
         bytes_up: 12,
         digest: Digest::of(&[round as u8]),

@@ -194,6 +194,23 @@ mod defaults {
     pub(super) fn outer_momentum() -> f64 {
         0.9
     }
+    pub(super) fn sgd_learning_rate() -> f64 {
+        1.0
+    }
+    /// Ours: the paper tunes it for each task.
+    pub(super) fn adaptive_learning_rate() -> f64 {
+        1e-2
+    }
+    /// These decays and this tau are those of Reddi et al. (arXiv 2003.00295, section 5).
+    pub(super) fn adaptive_beta1() -> f64 {
+        0.9
+    }
+    pub(super) fn adaptive_beta2() -> f64 {
+        0.99
+    }
+    pub(super) fn tau() -> f64 {
+        1e-3
+    }
 }
 
 impl Default for OptimizerSpec {
@@ -231,6 +248,16 @@ pub enum OuterOptimizer {
     /// global += d (McMahan et al., arXiv 1602.05629).
     // With braces, because serde lets a unit variant pass with unknown keys.
     FedAvg {},
+    /// m = momentum x m + d; global += learning_rate x m (FedAvgM: Hsu et al., arXiv 1909.06335, section 4.3, with
+    /// PyTorch's place for the learning rate).
+    Sgd {
+        /// Outer learning rate.
+        #[serde(default = "defaults::sgd_learning_rate")]
+        learning_rate: f64,
+        /// Decay of the momentum.
+        #[serde(default = "defaults::outer_momentum")]
+        momentum: f64,
+    },
     /// m = momentum x m + d; global += learning_rate x (d + momentum x m) (DiLoCo, arXiv 2311.08105,
     /// in PyTorch's form of Nesterov momentum).
     Nesterov {
@@ -240,6 +267,38 @@ pub enum OuterOptimizer {
         /// Decay of the momentum.
         #[serde(default = "defaults::outer_momentum")]
         momentum: f64,
+    },
+    /// m = beta1 x m + (1 - beta1) x d; v = beta2 x v + (1 - beta2) x d^2; global += learning_rate x m /
+    /// (sqrt(v) + tau), with v = tau^2 at first and no correction of bias (Reddi et al., arXiv 2003.00295,
+    /// algorithm 2).
+    FedAdam {
+        /// Outer learning rate.
+        #[serde(default = "defaults::adaptive_learning_rate")]
+        learning_rate: f64,
+        /// Decay of the first moment.
+        #[serde(default = "defaults::adaptive_beta1")]
+        beta1: f64,
+        /// Decay of the second moment.
+        #[serde(default = "defaults::adaptive_beta2")]
+        beta2: f64,
+        /// Degree of adaptivity: where the root of the second moment is far below, steps are proportional to m.
+        #[serde(default = "defaults::tau")]
+        tau: f64,
+    },
+    /// As FedAdam, but v = v - (1 - beta2) x d^2 x sign(v - d^2) (the same, algorithm 2).
+    FedYogi {
+        /// Outer learning rate.
+        #[serde(default = "defaults::adaptive_learning_rate")]
+        learning_rate: f64,
+        /// Decay of the first moment.
+        #[serde(default = "defaults::adaptive_beta1")]
+        beta1: f64,
+        /// How fast the second moment follows.
+        #[serde(default = "defaults::adaptive_beta2")]
+        beta2: f64,
+        /// Degree of adaptivity.
+        #[serde(default = "defaults::tau")]
+        tau: f64,
     },
 }
 

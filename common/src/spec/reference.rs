@@ -135,6 +135,17 @@ mod tests {
             with(&|spec| spec.outer.optimizer = OuterOptimizer::FedAvg {}),
             with(&|spec| spec.outer.optimizer = OuterOptimizer::default()),
             with(&|spec| spec.participation.adaptive_deadline = Some(AdaptiveDeadline::default())),
+            with(&|spec| {
+                spec.outer.optimizer = OuterOptimizer::Sgd { learning_rate: 1.0, momentum: 0.5 };
+            }),
+            with(&|spec| {
+                spec.outer.optimizer =
+                    OuterOptimizer::FedAdam { learning_rate: 0.1, beta1: 0.9, beta2: 0.9, tau: 0.1 };
+            }),
+            with(&|spec| {
+                spec.outer.optimizer =
+                    OuterOptimizer::FedYogi { learning_rate: 0.1, beta1: 0.9, beta2: 0.9, tau: 0.1 };
+            }),
         ]
     }
 
@@ -184,6 +195,6 @@ mod tests {
                 tried += 1;
             }
         }
-        assert_eq!(tried, 12, "alternatives in the reference");
+        assert_eq!(tried, 15, "alternatives in the reference");
     }
 }

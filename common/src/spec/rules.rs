@@ -232,22 +232,26 @@ fn tokens(rules: &mut Rules<'_>, spec: &RunSpec) {
 }
 
 fn outer(rules: &mut Rules<'_>, optimizer: &OuterOptimizer) {
-    match *optimizer {
-        OuterOptimizer::FedAvg {} => {}
-        OuterOptimizer::Nesterov { learning_rate, momentum } => {
-            rules.number(
-                "outer.optimizer.learning_rate",
-                learning_rate,
-                learning_rate > 0.0,
-                "a positive number",
-            );
-            rules.number(
-                "outer.optimizer.momentum",
-                momentum,
-                (0.0..1.0).contains(&momentum),
-                "0 or more, below 1",
-            );
+    let mut positive = |key: &str, value: f64| {
+        rules.number(&format!("outer.optimizer.{key}"), value, value > 0.0, "a positive number");
+    };
+    let decays = match *optimizer {
+        OuterOptimizer::FedAvg {} => Vec::new(),
+        OuterOptimizer::Sgd { learning_rate, momentum }
+        | OuterOptimizer::Nesterov { learning_rate, momentum } => {
+            positive("learning_rate", learning_rate);
+            vec![("momentum", momentum)]
         }
+        OuterOptimizer::FedAdam { learning_rate, beta1, beta2, tau }
+        | OuterOptimizer::FedYogi { learning_rate, beta1, beta2, tau } => {
+            positive("learning_rate", learning_rate);
+            positive("tau", tau);
+            vec![("beta1", beta1), ("beta2", beta2)]
+        }
+    };
+    for (key, decay) in decays {
+        let holds = (0.0..1.0).contains(&decay);
+        rules.number(&format!("outer.optimizer.{key}"), decay, holds, "0 or more, below 1");
     }
 }
 

@@ -102,6 +102,8 @@ fn record_lines(
 ) -> Vec<String> {
     let loss_and_perplexity =
         |loss: f64| format!("{} (perplexity {})", words::loss(loss), words::perplexity(loss));
+    let or_none = |value: Option<f64>| value.map_or_else(|| words::NONE.to_owned(), words::number);
+    let statistics = summary.statistics.as_ref();
     let mut lines = facts(
         &[
             ("run", run.to_owned()),
@@ -123,6 +125,10 @@ fn record_lines(
             ),
             ("delta norm", words::number(summary.delta_norm)),
             ("update norm", words::number(summary.update_norm)),
+            ("model norm", or_none(statistics.map(|one| one.parameter_norm))),
+            ("momentum norm", or_none(statistics.and_then(|one| one.momentum_norm))),
+            ("update cosine", or_none(statistics.and_then(|one| one.update_cosine))),
+            ("spread", or_none(statistics.and_then(|one| one.spread))),
             ("sent to sites", units::bytes(summary.bytes_down)),
             ("received", units::bytes(summary.bytes_up)),
         ],
@@ -230,6 +236,12 @@ mod tests {
             bytes_down: 8_400_000,
             bytes_up: 8_400_000,
             digest: vec![0xAB; 32],
+            statistics: Some(v1::RoundStatistics {
+                parameter_norm: 20.5,
+                momentum_norm: None,
+                update_cosine: Some(-0.25),
+                spread: Some(1.5),
+            }),
         }
     }
 
@@ -286,6 +298,10 @@ mod tests {
             "seed           18446744073709551615",
             "2023-11-14 22:14:25, after 1 min 05 s",
             "10.00  2.303    100k",
+            "model norm     20.5000",
+            "momentum norm  -",
+            "update cosine  -0.2500",
+            "spread         1.5000",
         ] {
             assert!(text.contains(part), "{part:?} is not in\n{text}");
         }

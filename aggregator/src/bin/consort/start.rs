@@ -7,7 +7,7 @@ use std::{collections::BTreeSet, path::Path, sync::Arc};
 
 use bytes::Bytes;
 use consort_common::{
-    checkpoint::{self, CheckpointError, LoadedCheckpoint},
+    checkpoint::{CheckpointError, CheckpointReader},
     chunk::ChunkPlan,
     ids::Digest,
     spec::{Problem, RunSpec, StartingPoint},
@@ -47,11 +47,11 @@ impl StartCheckpoint {
         let named = |reason: &dyn std::fmt::Display| {
             format!("names {}, which no run can start from: {reason}", path.display())
         };
-        let checkpoint = checkpoint::read(path).map_err(|error| named(&error))?;
+        let checkpoint = CheckpointReader::open(path).map_err(|error| named(&error))?;
         let point = StartingPoint {
-            architecture: checkpoint.architecture.clone(),
-            tokenizer: serde_json::from_str(&checkpoint.tokenizer_json).map_err(|error| named(&error))?,
-            end_of_text: checkpoint.end_of_text.clone(),
+            architecture: checkpoint.architecture().clone(),
+            tokenizer: serde_json::from_str(checkpoint.tokenizer_json()).map_err(|error| named(&error))?,
+            end_of_text: checkpoint.end_of_text().to_owned(),
         };
         // The directory's own name, be it given as "." or through a link.
         let full = path.canonicalize().map_err(|error| named(&error))?;
@@ -116,22 +116,16 @@ fn ended<T>(attempt: &str, result: Result<Result<T, CheckpointError>, JoinError>
     result.map_err(|error| Failure::Refused(format!("cannot {attempt}: {error}")))
 }
 
-/// The checkpoint's flat vector.
+/// The checkpoint's flat vector, in its files.
 #[derive(Debug)]
-struct Model(LoadedCheckpoint);
+struct Model(CheckpointReader);
 
 impl Model {
     /// Chunk `index` as fp32 little-endian; `values` is room for it.
     fn chunk(&self, plan: ChunkPlan, index: u32, values: &mut Vec<f32>) -> Result<(), CheckpointError> {
         let range = plan.range(index).unwrap_or_default();
         values.resize(plan.length(index).unwrap_or_default(), 0.0);
-        self.fill(range.start, values)
-    }
-
-    fn fill(&self, start: u64, values: &mut [f32]) -> Result<(), CheckpointError> {
-        let start = usize::try_from(start).unwrap_or(usize::MAX);
-        values.copy_from_slice(&self.0.flat[start..start + values.len()]);
-        Ok(())
+        self.0.fill(range.start, values)
     }
 
     /// BLAKE3 of the whole vector.
@@ -184,6 +178,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use consort_common::{
+        checkpoint,
         model::{Architecture, Gpt2Config, LlamaConfig},
         tokenizer::{BYTE_END_OF_TEXT, BYTE_END_OF_TEXT_ID, byte_tokenizer_json},
     };

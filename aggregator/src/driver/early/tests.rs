@@ -26,7 +26,8 @@ fn run() -> RunName {
 }
 
 fn layout() -> ModelLayout {
-    ModelLayout { plan: ChunkPlan::new(12, 4), encoding: ModelEncoding::Fp32, momentum: false }
+    let (plan, encoding) = (ChunkPlan::new(12, 4), ModelEncoding::Fp32);
+    ModelLayout { plan, encoding, momentum: false, second_moment: false }
 }
 
 fn expected(sites: &[&str]) -> Option<ExpectedRound> {

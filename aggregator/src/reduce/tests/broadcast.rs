@@ -22,7 +22,7 @@ fn reference(
 ) -> Vec<Vec<f32>> {
     let mut p = if form == ModelEncoding::Bf16 { decoded(Encoding::Bf16, initial) } else { initial.to_vec() };
     let mut r: Vec<f32> = initial.iter().zip(&p).map(|(x, p)| x - p).collect();
-    let mut m = vec![0f32; initial.len()];
+    let mut moments = vec![ReferenceMoments::new(optimizer); initial.len()];
     let mut versions = vec![p.clone()];
     for deltas in rounds {
         let total: f64 = deltas.iter().map(|(weight, _)| weight).sum();
@@ -35,13 +35,7 @@ fn reference(
                 Some(decay) => f64::from(p[i]) + f64::from(decay) * f64::from(r[i]),
                 None => f64::from(p[i]),
             };
-            x.push(match optimizer {
-                OuterOptimizer::FedAvg {} => (start + d) as f32,
-                OuterOptimizer::Nesterov { learning_rate, momentum: mu } => {
-                    m[i] = (mu * f64::from(m[i]) + d) as f32;
-                    (start + learning_rate * (d + mu * f64::from(m[i]))) as f32
-                }
-            });
+            x.push(moments[i].step(optimizer, start, d));
         }
         p = match form {
             ModelEncoding::Fp32 => x.clone(),
@@ -73,7 +67,7 @@ fn every_form_follows_the_reference_and_reaches_its_receivers_bit_by_bit() {
     const LENGTH: usize = 9_000;
     let (initial, rounds) = run_of_rounds(LENGTH);
     for form in forms() {
-        for optimizer in [OuterOptimizer::FedAvg {}, NESTEROV] {
+        for optimizer in OPTIMIZERS {
             let chunk = LENGTH as u32;
             let fixture = Fixture::with_form(&initial, chunk, Encoding::Fp32, optimizer.clone(), form);
             let expected = reference(form, &optimizer, &initial, &rounds);

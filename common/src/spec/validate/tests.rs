@@ -133,7 +133,10 @@ fn missing_keys_say_what_is_allowed() {
             "tokenizer.end_of_text is missing; allowed: a string",
         ],
     );
-    check("outer.optimizer = {}", &[r#"outer.optimizer.kind is missing; allowed: "fedavg", "nesterov""#]);
+    check(
+        "outer.optimizer = {}",
+        &[r#"outer.optimizer.kind is missing; allowed: "fedavg", "sgd", "nesterov", "fedadam", "fedyogi""#],
+    );
     check(
         "training.schedule.kind = \"warmup-stable-decay\"",
         &["training.schedule.decay_steps is missing; allowed: a whole number, 0 or more"],
@@ -150,6 +153,27 @@ fn unknown_variants_list_the_known() {
     check(
         "training.optimizer_state = \"forget\"",
         &[r#"training.optimizer_state is "forget"; allowed: "keep", "reset""#],
+    );
+}
+
+#[test]
+fn outer_optimizers_say_what_their_numbers_may_be() {
+    for kind in ["fedadam", "fedyogi"] {
+        check(
+            &format!(
+                "outer.optimizer = {{ kind = \"{kind}\", learning_rate = 0.0, beta1 = 1.0, beta2 = -0.1, tau = 0.0 }}"
+            ),
+            &[
+                "outer.optimizer.learning_rate is 0; allowed: a positive number",
+                "outer.optimizer.tau is 0; allowed: a positive number",
+                "outer.optimizer.beta1 is 1; allowed: 0 or more, below 1",
+                "outer.optimizer.beta2 is -0.1; allowed: 0 or more, below 1",
+            ],
+        );
+    }
+    check(
+        "outer.optimizer = { kind = \"sgd\", momentum = 1.5 }",
+        &["outer.optimizer.momentum is 1.5; allowed: 0 or more, below 1"],
     );
 }
 
