@@ -3,21 +3,22 @@
 //!
 //! No network here. All tensors belong to the thread that calls.
 
-use std::{ops::ControlFlow, path::Path};
-
-use consort_common::{
-    checkpoint::{self, CheckpointError},
-    model::Architecture,
-    spec::TrainingSpec,
+use std::{
+    ops::ControlFlow,
+    path::Path,
+    time::{Duration, Instant},
 };
+
+use consort_common::checkpoint::{CheckpointError, CheckpointReader};
 
 use crate::{
     data::{DataError, HeldOut, Tokenizer},
-    trainer::{Device, EvaluationSum, Sampling, Trainer, TrainerError},
+    steps,
+    trainer::{Device, EvaluationSum, LanguageModel, Sampling, TrainerError},
 };
 
 /// Sequences of a forward pass when nothing is trained.
-const EVALUATION_SEQUENCES: u32 = 16;
+const EVALUATION_SEQUENCES: usize = 16;
 
 /// Why it could not be done.
 #[derive(Debug, thiserror::Error)]
@@ -33,38 +34,29 @@ pub enum LocalError {
     Trainer(#[from] TrainerError),
 }
 
-/// The loss of the model `flat` on held-out text.
+/// The model of a checkpoint, piece by piece onto the device.
 ///
 /// # Errors
-/// `flat` is not the architecture's, its context is shorter than the text's windows, the text has tokens that
-/// it does not know, or the evaluation was cancelled.
-pub fn evaluate(
-    architecture: &Architecture,
-    flat: &[f32],
-    held_out: &HeldOut,
-    device: Device,
-    cancelled: &dyn Fn() -> bool,
-) -> Result<EvaluationSum, LocalError> {
-    let model = model(architecture, flat, device)?;
-    let mut damage = None;
-    let windows = held_out.windows().map_while(|window| window.map_err(|error| damage = Some(error)).ok());
-    let sum = model.evaluate(windows, cancelled)?;
-    damage.map_or(Ok(sum), |error| Err(error.into()))
+/// The weights cannot be read, or the device's memory does not suffice.
+pub fn load(checkpoint: &CheckpointReader, device: Device) -> Result<LanguageModel, LocalError> {
+    LanguageModel::load(checkpoint.architecture(), device, |start, piece| Ok(checkpoint.fill(start, piece)?))
 }
 
-/// The loss of the checkpoint in `directory` on held-out text, which must have been tokenised with the
-/// checkpoint's tokenizer.
+/// The loss of `model` on held-out text. `tell` is told how many tokens were handed out.
 ///
 /// # Errors
-/// The checkpoint cannot be read, or as [`evaluate`].
-pub fn evaluate_checkpoint(
-    directory: &Path,
+/// The model's context is shorter than the text's windows, the text has tokens that it does not know, or the
+/// evaluation was cancelled.
+pub fn evaluate(
+    model: &LanguageModel,
     held_out: &HeldOut,
-    device: Device,
+    tell: &dyn Fn(u64),
     cancelled: &dyn Fn() -> bool,
 ) -> Result<EvaluationSum, LocalError> {
-    let checkpoint = checkpoint::read(directory)?;
-    evaluate(&checkpoint.architecture, &checkpoint.flat, held_out, device, cancelled)
+    let evaluate = |windows: &mut dyn Iterator<Item = Vec<i64>>| {
+        model.evaluate(windows, EVALUATION_SEQUENCES, cancelled)
+    };
+    steps::held_out_loss(held_out, tell, evaluate)
 }
 
 /// The logits `[tokens, vocabulary]`, row by row, that the checkpoint in `directory` gives after each of
@@ -77,8 +69,16 @@ pub fn logits_of_checkpoint(
     tokens: &[i64],
     device: Device,
 ) -> Result<Vec<f32>, LocalError> {
-    let checkpoint = checkpoint::read(directory)?;
-    Ok(model(&checkpoint.architecture, &checkpoint.flat, device)?.logits(tokens)?)
+    Ok(load(&CheckpointReader::open(directory)?, device)?.logits(tokens)?)
+}
+
+/// What generating text took, the reading of the prompt included.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Generated {
+    /// Tokens drawn.
+    pub tokens: u64,
+    /// Time from the prompt to the last of them; the model was loaded before.
+    pub time: Duration,
 }
 
 /// Continues `prompt` with the checkpoint in `directory` by up to `tokens_max` tokens, or to the end of the
@@ -93,11 +93,11 @@ pub fn generate_from_checkpoint(
     sampling: Sampling,
     device: Device,
     on_text: &mut dyn FnMut(&str),
-) -> Result<(), LocalError> {
-    let checkpoint = checkpoint::read(directory)?;
-    let tokenizer = Tokenizer::from_json(checkpoint.tokenizer_json.as_bytes(), &checkpoint.end_of_text)?;
-    tokenizer.check_vocabulary(checkpoint.architecture.vocab_size())?;
-    let model = model(&checkpoint.architecture, &checkpoint.flat, device)?;
+) -> Result<Generated, LocalError> {
+    let checkpoint = CheckpointReader::open(directory)?;
+    let tokenizer = Tokenizer::from_json(checkpoint.tokenizer_json().as_bytes(), checkpoint.end_of_text())?;
+    tokenizer.check_vocabulary(checkpoint.architecture().vocab_size())?;
+    let model = load(&checkpoint, device)?;
     let end_of_text = i64::from(tokenizer.end_of_text());
     let mut tokens: Vec<i64> = tokenizer.encode(prompt)?.into_iter().map(i64::from).collect();
     if tokens.is_empty() {
@@ -106,7 +106,10 @@ pub fn generate_from_checkpoint(
 
     let mut shown = Shown { tokenizer: &tokenizer, tokens: Vec::new(), bytes: 0 };
     let mut failure = None;
+    let begun = Instant::now();
+    let mut drawn = 0;
     model.generate(&tokens, tokens_max, sampling, |token| {
+        drawn += 1;
         if token == end_of_text {
             return ControlFlow::Break(());
         }
@@ -116,8 +119,9 @@ pub fn generate_from_checkpoint(
         }
         if failure.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })?;
+    let time = begun.elapsed();
     on_text(&shown.rest()?);
-    failure.map_or(Ok(()), |error| Err(error.into()))
+    failure.map_or(Ok(Generated { tokens: drawn, time }), |error| Err(error.into()))
 }
 
 /// Generated tokens as text that grows. A character may take several tokens: until it is whole, decoding
@@ -153,20 +157,14 @@ impl Shown<'_> {
     }
 }
 
-/// A model that is not to be trained.
-fn model(architecture: &Architecture, flat: &[f32], device: Device) -> Result<Trainer, TrainerError> {
-    let settings =
-        TrainingSpec { batch_size: EVALUATION_SEQUENCES, sequence_length: 1, ..TrainingSpec::default() };
-    let mut model = Trainer::new(architecture, &settings, 1, device)?;
-    model.load(flat)?;
-    Ok(model)
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
 
-    use consort_common::tokenizer::{BYTE_END_OF_TEXT, BYTE_END_OF_TEXT_ID, byte_tokenizer_json};
+    use consort_common::{
+        checkpoint,
+        tokenizer::{BYTE_END_OF_TEXT, BYTE_END_OF_TEXT_ID, byte_tokenizer_json},
+    };
 
     use super::*;
     use crate::local_training::tests::{Site, test_device};
@@ -191,9 +189,11 @@ mod tests {
         let flat = site.train(60);
         let folder = checkpoint_of(&site, &flat);
         let directory = folder.path().join("x");
+        let read = load(&CheckpointReader::open(&directory).unwrap(), test_device()).unwrap();
+        let held = LanguageModel::from_flat(&site.spec.model, &flat, test_device()).unwrap();
         assert_eq!(
-            evaluate_checkpoint(&directory, &site.held_out, test_device(), &go_on).unwrap(),
-            evaluate(&site.spec.model, &flat, &site.held_out, test_device(), &go_on).unwrap()
+            evaluate(&read, &site.held_out, &|_| (), &go_on).unwrap(),
+            evaluate(&held, &site.held_out, &|_| (), &go_on).unwrap()
         );
         let logits = logits_of_checkpoint(&directory, &[84, 104, 101], test_device()).unwrap();
         assert_eq!(logits.len(), 3 * 257);
@@ -202,7 +202,9 @@ mod tests {
             let mut text = String::new();
             let sampling = Sampling { temperature: 0.0, top_p: 1.0, seed: 1 };
             let mut keep = |piece: &str| text.push_str(piece);
-            generate_from_checkpoint(&directory, prompt, 40, sampling, test_device(), &mut keep).unwrap();
+            let generated =
+                generate_from_checkpoint(&directory, prompt, 40, sampling, test_device(), &mut keep).unwrap();
+            assert!((1..=40).contains(&generated.tokens), "{generated:?}");
             text
         };
         assert!(text("rang. The 3 be").starts_with("lls of the"), "{}", text("rang. The 3 be"));

@@ -205,6 +205,8 @@ pub fn held_out_loss(
         material.spec.evaluation.tokens_max,
     )?;
     let tell = |tokens| activity.done_of(tokens, held_out.tokens());
-    let sum = steps::held_out_loss(trainer, &held_out, &tell, &|| cancel.is_cancelled())?;
+    let cancelled = || cancel.is_cancelled();
+    let evaluate = |windows: &mut dyn Iterator<Item = Vec<i64>>| trainer.evaluate(windows, &cancelled);
+    let sum = steps::held_out_loss::<WorkError>(&held_out, &tell, evaluate)?;
     Ok((sum, held_out.text_bytes()))
 }

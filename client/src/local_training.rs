@@ -273,7 +273,8 @@ impl<'a> LocalTraining<'a> {
         let RunSpec { model, training, .. } = request.text.spec;
         let plan = Plan::of(&request);
         let text = request.text.dataset.key;
-        let mut trainer = Trainer::new(model, training, request.steps, request.device)?;
+        let end_of_text = request.text.dataset.end_of_text;
+        let mut trainer = Trainer::new(model, training, request.steps, end_of_text, request.device)?;
         let progress = match checkpoint::load::<Progress>(&folder.checkpoint())? {
             Some(Checkpoint { progress, parameters, moments }) => {
                 let mut differences = progress.training.plan.differences(&plan);
@@ -373,8 +374,11 @@ impl Loop<'_> {
             && let Some(held_out) = self.held_out
         {
             let cancelled = self.cancelled;
-            let sum =
-                self.steps.aside(|trainer| steps::held_out_loss(trainer, held_out, &|_| (), cancelled))??;
+            let sum = self.steps.aside(|trainer| {
+                let evaluate =
+                    |windows: &mut dyn Iterator<Item = Vec<i64>>| trainer.evaluate(windows, cancelled);
+                steps::held_out_loss::<StepsError>(held_out, &|_| (), evaluate)
+            })??;
             held_out_loss = Some(sum.loss());
             self.measured = Some(sum);
         }

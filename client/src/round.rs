@@ -176,8 +176,9 @@ impl Round<'_> {
                     // The old one first: the device may not have room for two.
                     *slot = None;
                     *trainer_of = Some(material.run.spec_digest);
-                    let spec = &material.spec;
-                    slot.insert(Trainer::new(&spec.model, &spec.training, spec.run_steps(), device)?)
+                    let (spec, end_of_text) = (&material.spec, material.dataset.end_of_text);
+                    let steps = spec.run_steps();
+                    slot.insert(Trainer::new(&spec.model, &spec.training, steps, end_of_text, device)?)
                 }
             };
             job(trainer)

@@ -326,25 +326,24 @@ impl<'a, T: Clone + Serialize + Send + 'static> Steps<'a, T> {
     }
 }
 
-/// The loss of the trainer's model on held-out text. `tell` is told how many tokens are done, `cancelled` is
-/// asked before each forward pass.
+/// The loss on held-out text that `evaluate` finds over its windows. `tell` is told how many tokens were handed
+/// out.
 ///
 /// # Errors
-/// The text is damaged or has tokens that the model does not know, or it was cancelled.
-pub fn held_out_loss(
-    trainer: &Trainer,
+/// The text is damaged, or as `evaluate`.
+pub fn held_out_loss<E: From<DataError> + From<TrainerError>>(
     held_out: &HeldOut,
     tell: &dyn Fn(u64),
-    cancelled: &dyn Fn() -> bool,
-) -> Result<EvaluationSum, StepsError> {
+    evaluate: impl FnOnce(&mut dyn Iterator<Item = Vec<i64>>) -> Result<EvaluationSum, TrainerError>,
+) -> Result<EvaluationSum, E> {
     let mut damage = None;
     let mut tokens = 0;
-    let windows = held_out.windows().map_while(|window| {
+    let mut windows = held_out.windows().map_while(|window| {
         let window = window.map_err(|error| damage = Some(error)).ok()?;
         tokens += window.len().saturating_sub(1) as u64;
         tell(tokens);
         Some(window)
     });
-    let sum = trainer.evaluate(windows, cancelled)?;
+    let sum = evaluate(&mut windows)?;
     damage.map_or(Ok(sum), |error| Err(error.into()))
 }

@@ -2,24 +2,24 @@
 //! it is, and the way back.
 //!
 //! A directory is prepared beside its place and renamed: under its own name it is whole or not there. Writing
-//! holds a block of the model at a time, reading the one vector that it gives.
+//! and reading hold a block of the model at a time.
 
+mod json;
+mod reader;
 mod tensor_file;
+mod weights;
 
 use std::{
     collections::BTreeMap,
-    fs::File,
     io::{self, Read, Write},
     path::{Path, PathBuf},
 };
 
 use serde_json::{Value, json};
 
-pub use self::tensor_file::TensorFileError;
+pub use self::{reader::CheckpointReader, tensor_file::TensorFileError, weights::WeightsError};
 use crate::{
-    atomic_file::{
-        create_partial_directory, named, remove_directory, rename_directory_into_place, write_durably,
-    },
+    atomic_file::{create_partial_directory, remove_directory, rename_directory_into_place, write_durably},
     model::{Architecture, ConfigError},
 };
 
@@ -29,10 +29,6 @@ const TOKENIZER_FILE: &str = "tokenizer.json";
 const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
 const SPECIAL_TOKENS_FILE: &str = "special_tokens_map.json";
 const GENERATION_CONFIG_FILE: &str = "generation_config.json";
-
-/// Longest JSON file of a checkpoint that is read, in bytes: the tokenizers of large vocabularies have
-/// 10 to 35 MB.
-const JSON_BYTES_MAX: u64 = 256 << 20;
 
 /// Why a checkpoint could not be written or read.
 #[derive(Debug, thiserror::Error)]
@@ -57,7 +53,7 @@ pub enum CheckpointError {
         source: serde_json::Error,
     },
     /// A JSON file is larger than any tokenizer.
-    #[error("{} has more than {JSON_BYTES_MAX} bytes", path.display())]
+    #[error("{} has more than {} bytes", path.display(), json::BYTES_MAX)]
     JsonTooLong {
         /// The file.
         path: PathBuf,
@@ -72,22 +68,31 @@ pub enum CheckpointError {
     },
     /// The weights are not those of the configuration.
     #[error("{}: {source}", path.display())]
-    Tensors {
-        /// The `model.safetensors`.
+    Weights {
+        /// The file of weights, or the index that lists several.
         path: PathBuf,
         /// What in it.
-        source: TensorFileError,
+        source: WeightsError,
     },
-    /// There are weights, but not in one safetensors file.
+    /// There are weights, but not as safetensors.
     #[error(
         "{} holds no {MODEL_FILE}, but {found}: load it with transformers and save it with \
-         save_pretrained(path, max_shard_size=\"1TB\")", directory.display()
+         save_pretrained(path)", directory.display()
     )]
     OtherFormat {
         /// The checkpoint.
         directory: PathBuf,
         /// The file that was found instead.
         found: &'static str,
+    },
+    /// There is no tokenizer of the kind that is read.
+    #[error(
+        "{} holds no {TOKENIZER_FILE}: load its tokenizer with transformers' AutoTokenizer and save it with \
+         save_pretrained(path)", directory.display()
+    )]
+    Tokenizer {
+        /// The checkpoint.
+        directory: PathBuf,
     },
     /// No file tells which token ends a document.
     #[error(
@@ -221,87 +226,21 @@ fn pretty(value: &Value) -> String {
     format!("{value:#}\n")
 }
 
-/// Reads a Hugging Face directory: one of ours, or any LLaMA or GPT-2 checkpoint in a single safetensors
-/// file of fp32, bf16 or fp16 values.
+/// Reads a checkpoint whole; see [`CheckpointReader`], which does it piece by piece.
 ///
 /// # Errors
-/// If a file is missing or malformed, the architecture has features that are not supported, or the tensors
-/// are not exactly those of the architecture, finite throughout.
+/// As [`CheckpointReader::open`] and [`CheckpointReader::fill`].
 pub fn read(directory: &Path) -> Result<LoadedCheckpoint, CheckpointError> {
-    let path = directory.join(CONFIG_FILE);
-    let config = read_json(&path)?;
-    let architecture = Architecture::from_hugging_face_config(&config)
-        .map_err(|source| CheckpointError::Config { path, source })?;
-    let tokenizer_json = read_text(&directory.join(TOKENIZER_FILE))?;
-    let tokenizer: Value = serde_json::from_str(&tokenizer_json)
-        .map_err(|source| CheckpointError::Json { path: directory.join(TOKENIZER_FILE), source })?;
-    let end_of_text = end_of_text(directory, &config, &tokenizer)?
-        .ok_or_else(|| CheckpointError::EndOfText { directory: directory.to_owned() })?;
-    let path = model_file(directory)?;
-    let file = named("open", &path, File::open(&path))?;
-    let flat = tensor_file::read(&file, &architecture)
-        .map_err(|source| CheckpointError::Tensors { path, source })?;
-    Ok(LoadedCheckpoint { architecture, flat, tokenizer_json, end_of_text })
-}
-
-/// The file of the weights, or which other one there is.
-fn model_file(directory: &Path) -> Result<PathBuf, CheckpointError> {
-    let path = directory.join(MODEL_FILE);
-    let others = ["model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"];
-    match others.into_iter().find(|name| directory.join(name).exists()) {
-        Some(found) if !path.exists() => {
-            Err(CheckpointError::OtherFormat { directory: directory.to_owned(), found })
-        }
-        _ => Ok(path),
-    }
-}
-
-/// The end-of-text token as the tokenizer's own files name it, else by the id in `config.json`.
-fn end_of_text(
-    directory: &Path,
-    config: &Value,
-    tokenizer: &Value,
-) -> Result<Option<String>, CheckpointError> {
-    for name in [TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE] {
-        let path = directory.join(name);
-        if !path.exists() {
-            continue;
-        }
-        let file = read_json(&path)?;
-        // A text, or an object that describes the token.
-        let token = file.get("eos_token").and_then(|token| token.get("content").unwrap_or(token).as_str());
-        if let Some(token) = token {
-            return Ok(Some(token.to_owned()));
-        }
-    }
-    let eos_token_id = config.get("eos_token_id").and_then(Value::as_u64);
-    Ok(eos_token_id.and_then(|id| token_of_id(tokenizer, id)))
-}
-
-/// The text of a token in a `tokenizer.json`.
-fn token_of_id(tokenizer: &Value, id: u64) -> Option<String> {
-    let added = tokenizer.get("added_tokens").and_then(Value::as_array).into_iter().flatten();
-    let added =
-        added.filter(|token| token["id"].as_u64() == Some(id)).filter_map(|token| token["content"].as_str());
-    let vocabulary = tokenizer["model"]["vocab"].as_object().into_iter().flatten();
-    let vocabulary =
-        vocabulary.filter(|(_, value)| value.as_u64() == Some(id)).map(|(token, _)| token.as_str());
-    added.chain(vocabulary).next().map(str::to_owned)
-}
-
-fn read_json(path: &Path) -> Result<Value, CheckpointError> {
-    let text = read_text(path)?;
-    serde_json::from_str(&text).map_err(|source| CheckpointError::Json { path: path.to_owned(), source })
-}
-
-fn read_text(path: &Path) -> Result<String, CheckpointError> {
-    let file = named("open", path, File::open(path))?;
-    let mut text = String::new();
-    named("read", path, file.take(JSON_BYTES_MAX + 1).read_to_string(&mut text))?;
-    if text.len() as u64 > JSON_BYTES_MAX {
-        return Err(CheckpointError::JsonTooLong { path: path.to_owned() });
-    }
-    Ok(text)
+    let reader = CheckpointReader::open(directory)?;
+    let parameters = reader.architecture().manifest().parameters();
+    let mut flat = vec![0.0; usize::try_from(parameters).expect("a vector fits the address space")];
+    reader.fill(0, &mut flat)?;
+    Ok(LoadedCheckpoint {
+        architecture: reader.architecture().clone(),
+        flat,
+        tokenizer_json: reader.tokenizer_json().to_owned(),
+        end_of_text: reader.end_of_text().to_owned(),
+    })
 }
 
 #[cfg(test)]

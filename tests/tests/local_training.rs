@@ -177,6 +177,13 @@ fn a_training_starts_from_a_checkpoint_with_phases_of_its_own() {
     assert!(number(&second, last, held_out) < number(&first, last, held_out));
     assert_eq!(number(&second, 1, rate), number(&first, 1, rate), "it is warmed up again");
 
+    // What the specification leaves out is the checkpoint's.
+    let (head, training) = (SPEC.split("[model]").next().unwrap_or_default(), SPEC.find("[training]"));
+    let least = format!("{head}start.checkpoint = \"first\"\n{}", &SPEC[training.expect("a section")..]);
+    fs::write(workplace.path("spec.toml"), least).expect("the specification can be written");
+    workplace.finish("again", &["--steps", "0"]);
+    assert_eq!(number(&workplace.rows("again"), 0, held_out), number(&first, last, held_out));
+
     let other = SPEC.replace("hidden_size = 64", "hidden_size = 32");
     fs::write(workplace.path("spec.toml"), other).expect("the specification can be written");
     let refused = workplace.command("third", &["--from", "first"]).output().expect("a program can be run");

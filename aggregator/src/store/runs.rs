@@ -34,7 +34,7 @@ pub struct NewRun {
     pub manifest_digest: Digest,
     /// Digest of its tokenizer.json.
     pub tokenizer_digest: Digest,
-    /// "llama", "gpt2".
+    /// "llama", "gpt2", "mpt".
     pub architecture: String,
     /// Length of the flat vector.
     pub parameters: u64,
@@ -61,7 +61,7 @@ pub struct RunRow {
     pub manifest_digest: Digest,
     /// Digest of its tokenizer.json.
     pub tokenizer_digest: Digest,
-    /// "llama", "gpt2".
+    /// "llama", "gpt2", "mpt".
     pub architecture: String,
     /// Length of the flat vector.
     pub parameters: u64,

@@ -57,18 +57,6 @@ impl Bar {
         }
         Self { what, bar, last_line: Instant::now() }
     }
-
-    /// Something happens, without a share of the whole.
-    pub(super) fn pulse(&mut self, message: &str) {
-        if let Some(bar) = &self.bar {
-            bar.set_style(ProgressStyle::default_spinner());
-            bar.set_message(format!("{} {message}", self.what));
-            bar.tick();
-        } else if self.last_line.elapsed() >= LINE_INTERVAL {
-            self.last_line = Instant::now();
-            eprintln!("{} {message}", self.what);
-        }
-    }
 }
 
 impl Drop for Bar {

@@ -1,17 +1,18 @@
 //! `evaluate`: a checkpoint's loss on text. Without `--tokens-max` on all of it, each token once, so that the
 //! bits per byte compare across tokenizers; with it over the very windows that the daemon measures on when it
-//! is given the same fraction, sequence length and number of tokens.
+//! is given the same fraction, sequence length, number of tokens and document mask.
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use consort_common::checkpoint;
+use consort_common::checkpoint::CheckpointReader;
 use serde_json::json;
 
 use super::{DeviceArguments, text};
 use crate::{
     data::{HeldOut, Source, Tokenizer},
+    local,
     trainer::EvaluationSum,
 };
 
@@ -31,6 +32,9 @@ pub(super) struct EvaluateArguments {
     /// Tokens that each sequence predicts, as in the run's specification [default: the model's context]
     #[arg(long, value_name = "N")]
     sequence_length: Option<usize>,
+    /// Keep attention within documents, as training.document_mask in the run's specification
+    #[arg(long)]
+    document_mask: bool,
     /// Tokens to measure on at most, spread over the text, as in the run's specification [default: all]
     #[arg(long, value_name = "N")]
     tokens_max: Option<u64>,
@@ -46,18 +50,19 @@ pub(super) struct EvaluateArguments {
 
 impl EvaluateArguments {
     pub(super) fn run(&self) -> Result<()> {
-        let model = checkpoint::read(&self.checkpoint)
+        let checkpoint = CheckpointReader::open(&self.checkpoint)
             .with_context(|| format!("cannot use {} as a checkpoint", self.checkpoint.display()))?;
-        let context = model.architecture.context_length();
+        let context = checkpoint.architecture().context_length();
         let sequence_length = self.sequence_length.unwrap_or(context);
         if sequence_length == 0 || sequence_length > context {
             bail!("--sequence-length is {sequence_length}; allowed: 1 to the model's context of {context}");
         }
         let device = self.device.open()?;
-        let tokenizer = Tokenizer::from_json(model.tokenizer_json.as_bytes(), &model.end_of_text)?;
+        let tokenizer =
+            Tokenizer::from_json(checkpoint.tokenizer_json().as_bytes(), checkpoint.end_of_text())?;
         let end_of_text = tokenizer.end_of_text();
         let held_out_fraction = if self.held_out_only { self.held_out_fraction } else { 0.0 };
-        let vocabulary_size = model.architecture.vocab_size();
+        let vocabulary_size = checkpoint.architecture().vocab_size();
         let dataset = text::prepare(
             std::slice::from_ref(&self.data),
             self.cache.as_deref(),
@@ -73,7 +78,11 @@ impl EvaluateArguments {
             Some(tokens_max) => HeldOut::new(shard, sequence_length, tokens_max)?,
             None => HeldOut::whole(shard, sequence_length, end_of_text)?,
         };
-        let sum = text::measure(&model.architecture, &model.flat, &windows, device)?;
+        let mut model = local::load(&checkpoint, device)?;
+        if self.document_mask {
+            model = model.with_documents_apart(end_of_text);
+        }
+        let sum = text::measure(&model, &windows)?;
         print(sum, windows.text_bytes(), self.json);
         Ok(())
     }

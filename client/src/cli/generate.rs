@@ -42,7 +42,7 @@ impl GenerateArguments {
         write!(out, "{}", self.prompt)?;
         // Whoever reads may have had enough: then nothing is left to be done with the text.
         let mut written = Ok(());
-        generate_from_checkpoint(
+        let generated = generate_from_checkpoint(
             &self.checkpoint,
             &self.prompt,
             self.tokens,
@@ -56,6 +56,10 @@ impl GenerateArguments {
         )?;
         written?;
         writeln!(out)?;
+        let seconds = generated.time.as_secs_f64().max(1e-9);
+        #[allow(clippy::cast_precision_loss)]
+        let tokens_per_second = generated.tokens as f64 / seconds;
+        eprintln!("{} tokens in {seconds:.1} s: {tokens_per_second:.1} tokens/s", generated.tokens);
         Ok(())
     }
 }

@@ -3,13 +3,12 @@
 use std::path::Path;
 
 use anyhow::Result;
-use consort_common::model::Architecture;
 
 use super::bar::Bar;
 use crate::{
     data::{self, Dataset, HeldOut, PrepareProgress, PrepareRequest, Source, Tokenizer},
     local,
-    trainer::{Device, EvaluationSum},
+    trainer::{EvaluationSum, LanguageModel},
 };
 
 /// Tokenises as a site would. Without a `cache` folder the tokens are gone when the dataset is.
@@ -35,19 +34,9 @@ pub(super) fn prepare(
     Ok(data::prepare(&request, &tell, cancelled)?)
 }
 
-/// The loss of the model `flat` on `held_out`, with progress.
-pub(super) fn measure(
-    architecture: &Architecture,
-    flat: &[f32],
-    held_out: &HeldOut,
-    device: Device,
-) -> Result<EvaluationSum> {
+/// The loss of `model` on `held_out`, with progress.
+pub(super) fn measure(model: &LanguageModel, held_out: &HeldOut) -> Result<EvaluationSum> {
     let bar = std::cell::RefCell::new(Bar::new("measuring"));
-    let message = format!("{} tokens", held_out.tokens());
-    // Asked before each batch, whose size is the model's business: a sign of life, without a share.
-    let alive = || {
-        bar.borrow_mut().pulse(&message);
-        false
-    };
-    Ok(local::evaluate(architecture, flat, held_out, device, &alive)?)
+    let tell = |tokens| bar.borrow_mut().update(tokens, held_out.tokens(), "");
+    Ok(local::evaluate(model, held_out, &tell, &|| false)?)
 }

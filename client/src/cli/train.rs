@@ -13,7 +13,7 @@ use clap::{Args, value_parser};
 use consort_common::{
     checkpoint,
     ids::SiteName,
-    spec::{RunSpec, TokenizerSpec},
+    spec::{RunSpec, StartingPoint, TokenizerSpec},
     tokenizer::{BYTE_END_OF_TEXT, byte_tokenizer_json},
     units,
 };
@@ -36,7 +36,7 @@ pub(super) struct TrainArguments {
     /// Where the checkpoint goes: a new folder, or a checkpoint to be replaced
     #[arg(long, value_name = "FOLDER")]
     out: PathBuf,
-    /// Start from this checkpoint, a Hugging Face directory, instead of new weights
+    /// Start from this checkpoint, a Hugging Face directory [default: the specification's, else new weights]
     #[arg(long, value_name = "CHECKPOINT")]
     from: Option<PathBuf>,
     /// Begin anew, whatever an earlier training has left in OUT.training
@@ -75,8 +75,10 @@ impl TrainArguments {
     fn train(&self, stop: &CancellationToken) -> Result<()> {
         let toml = fs::read_to_string(&self.specification)
             .with_context(|| format!("cannot read the specification {}", self.specification.display()))?;
-        let spec = RunSpec::parse(&toml)?;
         check_out(&self.out)?;
+        let start = self.start(&toml)?;
+        let toml = start.as_ref().map_or(toml, |start| start.specification.clone());
+        let spec = RunSpec::parse(&toml)?;
         let folder = Folder::open(&beside(&self.out)?)?;
         if self.fresh {
             folder.forget()?;
@@ -85,7 +87,12 @@ impl TrainArguments {
         let (tokenizer_json, end_of_text) = tokenizer(&spec.tokenizer, &self.specification)?;
         let tokenizer = Tokenizer::for_run(&spec.tokenizer, tokenizer_json.as_bytes())?;
         let end_of_text_id = tokenizer.end_of_text();
-        let start = self.start(&spec, &tokenizer)?;
+        if let Some(start) = &start {
+            start.check(&spec, &tokenizer_json)?;
+        }
+        let from = start.as_ref().map(|start| start.directory.display().to_string());
+        let start =
+            start.map_or_else(|| spec.model.manifest().initialise(spec.seed), |start| start.parameters);
         let cache = self.cache.clone().unwrap_or_else(|| folder.text());
         let dataset = text::prepare(
             &self.data.sources,
@@ -123,9 +130,7 @@ impl TrainArguments {
             ("consort.trained_alone_by".to_owned(), self.site.to_string()),
             ("consort.steps".to_owned(), steps.to_string()),
         ]);
-        if let Some(from) = &self.from {
-            metadata.insert("consort.started_from".to_owned(), from.display().to_string());
-        }
+        metadata.extend(from.map(|from| ("consort.started_from".to_owned(), from)));
         checkpoint::write(
             &self.out,
             &spec.model,
@@ -147,28 +152,49 @@ impl TrainArguments {
         Ok(())
     }
 
-    /// The weights that training begins with.
-    fn start(&self, spec: &RunSpec, tokenizer: &Tokenizer) -> Result<Vec<f32>> {
-        let Some(from) = &self.from else { return Ok(spec.model.manifest().initialise(spec.seed)) };
-        let checkpoint = checkpoint::read(from)
-            .with_context(|| format!("cannot start from the checkpoint {}", from.display()))?;
-        if checkpoint.architecture != spec.model {
-            bail!(
-                "cannot start from {}: its model is {:?}, the specification's {:?}",
-                from.display(),
-                checkpoint.architecture,
-                spec.model
-            );
+    /// What training starts from, where that is not new weights: `--from`, or what the specification names.
+    fn start(&self, toml: &str) -> Result<Option<Start>> {
+        let folder = self.specification.parent().unwrap_or(Path::new("."));
+        let named = RunSpec::start_checkpoint(toml).map(|named| folder.join(named));
+        self.from.clone().or(named).map(|directory| Start::read(directory, toml)).transpose()
+    }
+}
+
+/// A checkpoint to start from.
+struct Start {
+    directory: PathBuf,
+    point: StartingPoint,
+    parameters: Vec<f32>,
+    /// With the sections that it leaves to the checkpoint.
+    specification: String,
+}
+
+impl Start {
+    fn read(directory: PathBuf, toml: &str) -> Result<Self> {
+        let attempt = || format!("cannot start from the checkpoint {}", directory.display());
+        let checkpoint = checkpoint::read(&directory).with_context(attempt)?;
+        let point = StartingPoint {
+            architecture: checkpoint.architecture,
+            tokenizer: serde_json::from_str(&checkpoint.tokenizer_json).with_context(attempt)?,
+            end_of_text: checkpoint.end_of_text,
+        };
+        let tokenizer = std::path::absolute(&directory).with_context(attempt)?.join("tokenizer.json");
+        let specification = point.complete(toml, &tokenizer.display().to_string());
+        Ok(Self { directory, point, parameters: checkpoint.flat, specification })
+    }
+
+    /// Refuses a specification that is not the checkpoint's.
+    fn check(&self, spec: &RunSpec, tokenizer_json: &str) -> Result<()> {
+        let problems = self.point.problems(spec, Some(&serde_json::from_str(tokenizer_json)?));
+        if problems.is_empty() {
+            return Ok(());
         }
-        let its = Tokenizer::from_json(checkpoint.tokenizer_json.as_bytes(), &checkpoint.end_of_text)?;
-        if its.digest() != tokenizer.digest() {
-            bail!(
-                "cannot start from {}: it was trained with another tokenizer than the specification's; name its \
-                 tokenizer.json there",
-                from.display()
-            );
-        }
-        Ok(checkpoint.flat)
+        let problems: Vec<String> = problems.iter().map(|problem| format!("\n  {problem}")).collect();
+        bail!(
+            "cannot start from {}, which the specification does not fit:{}",
+            self.directory.display(),
+            problems.concat()
+        )
     }
 }
 

@@ -72,6 +72,8 @@ pub struct Dataset {
     pub key: Digest,
     /// Names what was prepared, in the cache; other shares of the same text do not change it.
     pub cache_key: Digest,
+    /// The token that ends every document.
+    pub end_of_text: u32,
 }
 
 /// Prepares sources, or finds them prepared: by tokenizer, fraction, the sources' names and the files' names,
@@ -107,7 +109,8 @@ pub fn prepare(
     };
     let Prepared { train, held_out, stats } = prepared;
     let train = Mixture::new(&request.sources, train);
-    Ok(Dataset { key: key(&cache_key, &train), train, held_out, stats, cache_key })
+    let end_of_text = request.tokenizer.end_of_text();
+    Ok(Dataset { key: key(&cache_key, &train), train, held_out, stats, cache_key, end_of_text })
 }
 
 /// The files of all sources, in the order of the sources.

@@ -95,7 +95,7 @@ impl Site {
     fn trainer(&self) -> Trainer {
         set_threads(1);
         let spec = &self.material.spec;
-        Trainer::new(&spec.model, &spec.training, spec.run_steps(), Device::Cpu).unwrap()
+        Trainer::new(&spec.model, &spec.training, spec.run_steps(), 256, Device::Cpu).unwrap()
     }
 
     /// Trains a round as it comes, and keeps its delta and what the site carries over.

@@ -1,9 +1,9 @@
-//! Loss on held-out windows, and logits.
+//! Loss on held-out windows.
 
 use tch::{Kind, Reduction};
 
 use super::{
-    Trainer,
+    LanguageModel, Trainer,
     device::upload,
     error::{Doing, TrainerError},
     zero,
@@ -31,10 +31,9 @@ impl EvaluationSum {
     }
 }
 
-impl Trainer {
+impl LanguageModel {
     /// The loss over `windows`, in each of which every token but the first is predicted from those before
-    /// it. Windows of one length that follow each other are computed together. Parameters, moments and the
-    /// training loss are left alone.
+    /// it. Up to `batch` windows of one length that follow each other are computed together.
     ///
     /// # Errors
     /// A window is shorter than 2 tokens, longer than the context + 1, or has tokens outside the vocabulary;
@@ -42,57 +41,48 @@ impl Trainer {
     pub fn evaluate(
         &self,
         windows: impl IntoIterator<Item = Vec<i64>>,
+        batch: usize,
         cancelled: &dyn Fn() -> bool,
     ) -> Result<EvaluationSum, TrainerError> {
         let _no_grad = tch::no_grad_guard();
         let mut loss_sum = zero(Kind::Double, self.device).doing("summing the held-out loss")?;
         let mut tokens = 0;
         let mut windows = windows.into_iter().peekable();
-        while let Some(mut batch) = windows.next() {
+        while let Some(mut rows_of_tokens) = windows.next() {
             if cancelled() {
                 return Err(TrainerError::Cancelled);
             }
-            let length = batch.len();
+            let length = rows_of_tokens.len();
             let mut rows = 1;
-            while rows < self.micro_batch
+            while rows < batch
                 && let Some(window) = windows.next_if(|window| window.len() == length)
             {
-                batch.extend(window);
+                rows_of_tokens.extend(window);
                 rows += 1;
             }
             self.check_window(length.saturating_sub(1))?;
-            self.check_vocabulary(&batch)?;
-            let loss = upload(&batch, &[rows as i64, length as i64], self.device)
-                .and_then(|batch| self.model.loss(&batch, Reduction::Sum));
+            self.check_vocabulary(&rows_of_tokens)?;
+            let loss = upload(&rows_of_tokens, &[rows as i64, length as i64], self.device)
+                .and_then(|tokens| self.loss(&tokens, Reduction::Sum));
             let _ = loss.and_then(|loss| loss_sum.f_add_(&loss)).doing("computing the held-out loss")?;
             tokens += (rows * (length - 1)) as u64;
         }
         let loss_sum = loss_sum.f_double_value(&[]).doing("reading the held-out loss")?;
         Ok(EvaluationSum { loss_sum, tokens })
     }
+}
 
-    /// The logits `[tokens, vocabulary]`, row by row, that follow each of `tokens`.
+impl Trainer {
+    /// The loss of the model as it is, as [`LanguageModel::evaluate`], a micro-batch at a time. Parameters,
+    /// moments and the training loss are left alone.
     ///
     /// # Errors
-    /// There are no tokens, more than the context, or such as the vocabulary does not have.
-    pub fn logits(&self, tokens: &[i64]) -> Result<Vec<f32>, TrainerError> {
-        let _no_grad = tch::no_grad_guard();
-        self.check_window(tokens.len())?;
-        self.check_vocabulary(tokens)?;
-        let logits = upload(tokens, &[1, tokens.len() as i64], self.device)
-            .and_then(|tokens| self.model.forward(&tokens))
-            .doing("computing logits")?;
-        let mut values = vec![0.0; tokens.len() * self.vocabulary];
-        logits.f_copy_data(&mut values, tokens.len() * self.vocabulary).doing("reading logits")?;
-        Ok(values)
-    }
-
-    /// Whether the model can be given `length` tokens at once.
-    fn check_window(&self, length: usize) -> Result<(), TrainerError> {
-        if (1..=self.context).contains(&length) {
-            return Ok(());
-        }
-        let expected = format!("1 to the model's context of {}", self.context);
-        Err(TrainerError::Tokens { what: "the text to be read", found: length, expected })
+    /// As there.
+    pub fn evaluate(
+        &self,
+        windows: impl IntoIterator<Item = Vec<i64>>,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<EvaluationSum, TrainerError> {
+        self.model.evaluate(windows, self.micro_batch, cancelled)
     }
 }

@@ -4,8 +4,14 @@ use std::ops::ControlFlow;
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use tch::Tensor;
 
-use super::{Trainer, error::TrainerError};
+use super::{
+    LanguageModel,
+    attention::{Attention, Cache},
+    device::upload,
+    error::{Doing, TrainerError},
+};
 
 /// How the next token is drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -19,9 +25,10 @@ pub struct Sampling {
     pub seed: u64,
 }
 
-impl Trainer {
-    /// Continues `prompt` by up to `tokens_max` tokens, each handed to `on_token`, which may end it. What is
-    /// further back than the context is forgotten.
+impl LanguageModel {
+    /// Continues `prompt` by up to `tokens_max` tokens, each handed to `on_token`, which may end it. Keys and
+    /// values of what was read are kept, so that a token costs the model once. When the context is full, the
+    /// model reads the latter half of it anew and forgets the rest.
     ///
     /// # Errors
     /// The prompt is empty or has tokens outside the vocabulary.
@@ -34,17 +41,39 @@ impl Trainer {
     ) -> Result<(), TrainerError> {
         let mut generator = ChaCha8Rng::seed_from_u64(sampling.seed);
         let mut tokens = prompt.to_vec();
+        let mut cache = Cache::default();
+        let mut unread = 0;
         for _ in 0..tokens_max {
-            let window = &tokens[tokens.len().saturating_sub(self.context)..];
-            let logits = self.logits(window)?;
-            let last = &logits[logits.len() - self.vocabulary..];
-            let token = draw(last, sampling, generator.random::<f64>());
+            if tokens.len() - unread + cache.length() as usize > self.context {
+                cache = Cache::default();
+                unread = tokens.len() - self.context.div_ceil(2);
+            }
+            let logits = self.next_logits(&tokens[unread..], &mut cache)?;
+            unread = tokens.len();
+            let token = draw(&logits, sampling, generator.random::<f64>());
             tokens.push(token as i64);
             if on_token(token as i64).is_break() {
                 break;
             }
         }
         Ok(())
+    }
+
+    /// The logits `[vocabulary]` of the token that follows those in `cache` and `tokens`, which are added to
+    /// the cache. Both together fit the context.
+    pub(super) fn next_logits(&self, tokens: &[i64], cache: &mut Cache) -> Result<Vec<f32>, TrainerError> {
+        let _no_grad = tch::no_grad_guard();
+        self.check_window(tokens.len())?;
+        self.check_vocabulary(tokens)?;
+        let new = tokens.len() as i64;
+        let logits = upload(tokens, &[1, new], self.device)
+            .and_then(|tokens| {
+                let mut attention = Attention::following(cache, new, self.device)?;
+                let last = self.model.hidden(&tokens, &mut attention)?.f_narrow(1, new - 1, 1)?;
+                last.f_linear(self.model.output(), None::<&Tensor>)
+            })
+            .doing("computing logits")?;
+        self.read_logits(&logits, 1)
     }
 }
 

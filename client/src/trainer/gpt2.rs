@@ -5,6 +5,7 @@ use consort_common::model::Gpt2Config;
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::{
+    attention::Attention,
     error::{Doing, TrainerError},
     parameters::Parameters,
 };
@@ -13,7 +14,7 @@ pub(super) struct Gpt2 {
     heads: i64,
     head: i64,
     epsilon: f64,
-    /// `[vocabulary, width]`; also the output projection.
+    /// `[vocabulary, width]`.
     embedding: Tensor,
     /// `[context, width]`.
     positions: Tensor,
@@ -21,6 +22,8 @@ pub(super) struct Gpt2 {
     indices: Tensor,
     blocks: Vec<Block>,
     norm: Norm,
+    /// `[vocabulary, width]`; the embedding itself when tied.
+    output: Tensor,
 }
 
 struct Block {
@@ -73,46 +76,55 @@ impl Gpt2 {
             })
         };
         let context = config.n_positions as i64;
+        let embedding = parameters.leaf("transformer.wte.weight")?;
+        let output = if config.tie_word_embeddings {
+            embedding.shallow_clone()
+        } else {
+            parameters.leaf("lm_head.weight")?
+        };
         Ok(Self {
             heads: config.n_head as i64,
             head: config.head_dim() as i64,
             epsilon: config.layer_norm_epsilon,
-            embedding: parameters.leaf("transformer.wte.weight")?,
+            embedding,
             positions: parameters.leaf("transformer.wpe.weight")?,
             indices: Tensor::f_arange(context, (Kind::Int64, device)).doing("counting the positions")?,
             blocks: (0..config.n_layer).map(block).collect::<Result<_, TrainerError>>()?,
             norm: norm("ln_f")?,
+            output,
         })
     }
 
-    /// Tokens `[batch, time]` to logits `[batch, time, vocabulary]`.
-    pub(super) fn forward(&self, tokens: &Tensor) -> Result<Tensor, TchError> {
-        let (_, time) = tokens.size2()?;
-        let positions =
-            Tensor::f_embedding(&self.positions, &self.indices.f_narrow(0, 0, time)?, -1, false, false)?;
+    /// Tokens `[batch, time]` to what the output projection takes, `[batch, time, width]`.
+    pub(super) fn hidden(&self, tokens: &Tensor, attention: &mut Attention) -> Result<Tensor, TchError> {
+        let positions = self.indices.f_narrow(0, attention.past(), tokens.size2()?.1)?;
+        let positions = Tensor::f_embedding(&self.positions, &positions, -1, false, false)?;
         let mut x = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?.f_add(&positions)?;
-        for block in &self.blocks {
-            x = x.f_add(&self.attention(block, &block.attention_norm.apply(&x, self.epsilon)?)?)?;
+        for (number, block) in self.blocks.iter().enumerate() {
+            let normed = block.attention_norm.apply(&x, self.epsilon)?;
+            x = x.f_add(&self.attention(number, block, &normed, attention)?)?;
             x = x.f_add(&Self::feed_forward(block, &block.feed_forward_norm.apply(&x, self.epsilon)?)?)?;
         }
-        self.norm.apply(&x, self.epsilon)?.f_linear(&self.embedding, None::<&Tensor>)
+        self.norm.apply(&x, self.epsilon)
     }
 
-    fn attention(&self, block: &Block, x: &Tensor) -> Result<Tensor, TchError> {
+    /// `[vocabulary, width]`.
+    pub(super) fn output(&self) -> &Tensor {
+        &self.output
+    }
+
+    fn attention(
+        &self,
+        number: usize,
+        block: &Block,
+        x: &Tensor,
+        attention: &mut Attention,
+    ) -> Result<Tensor, TchError> {
         let (batch, time, width) = x.size3()?;
         let heads = block.query_key_value.apply(x)?.f_view([batch, time, 3 * self.heads, self.head])?;
         // [batch, time, 3 heads, head] -> three of [batch, heads, time, head].
         let heads = heads.f_transpose(1, 2)?.f_chunk(3, 1)?;
-        let mixed = Tensor::f_scaled_dot_product_attention(
-            &heads[0],
-            &heads[1],
-            &heads[2],
-            None::<&Tensor>,
-            /* dropout_p: */ 0.0,
-            /* is_causal: */ true,
-            /* scale, 1 / sqrt(head): */ None,
-            /* enable_gqa: */ false,
-        )?;
+        let mixed = attention.mix(number, &heads[0], &heads[1], &heads[2], None)?;
         block.attention_output.apply(&mixed.f_transpose(1, 2)?.f_reshape([batch, time, width])?)
     }
 

@@ -1,10 +1,12 @@
 //! LLaMA (Touvron et al., arXiv 2302.13971) with grouped-query attention (Ainslie et al., arXiv
-//! 2305.13245), in the order of the forward pass. Computes what Hugging Face's `LlamaForCausalLM` does.
+//! 2305.13245) and the scaled rotary positions of Llama 3.1, in the order of the forward pass. Computes what
+//! Hugging Face's `LlamaForCausalLM` does.
 
 use consort_common::model::LlamaConfig;
 use tch::{Device, TchError, Tensor};
 
 use super::{
+    attention::Attention,
     error::{Doing, TrainerError},
     parameters::Parameters,
 };
@@ -27,12 +29,18 @@ pub(super) struct Llama {
 struct Block {
     attention_norm: Tensor,
     /// `[(queries + 2 keys) x head, width]`: lying next to each other, the three projections are one matrix.
-    query_key_value: Tensor,
-    attention_output: Tensor,
+    query_key_value: Projection,
+    attention_output: Projection,
     feed_forward_norm: Tensor,
     /// `[2 inner, width]`.
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Projection,
+    down: Projection,
+}
+
+struct Projection {
+    /// `[out, in]`.
+    weight: Tensor,
+    bias: Option<Tensor>,
 }
 
 impl Llama {
@@ -43,19 +51,24 @@ impl Llama {
     ) -> Result<Self, TrainerError> {
         let embedding = parameters.leaf("model.embed_tokens.weight")?;
         let block = |layer| {
-            let name = |name: &str| format!("model.layers.{layer}.{name}.weight");
-            let leaf = |part: &str| parameters.leaf(&name(part));
-            let joined = |parts: &[&str]| {
-                let names: Vec<String> = parts.iter().map(|part| name(part)).collect();
-                parameters.joined(&names.iter().map(String::as_str).collect::<Vec<_>>())
+            let leaf = |name: &str| parameters.leaf(&format!("model.layers.{layer}.{name}.weight"));
+            let projection = |parts: &[&str], has_bias: bool| {
+                let joined = |kind: &str| {
+                    let names: Vec<String> =
+                        parts.iter().map(|part| format!("model.layers.{layer}.{part}.{kind}")).collect();
+                    parameters.joined(&names.iter().map(String::as_str).collect::<Vec<_>>())
+                };
+                let bias = has_bias.then(|| joined("bias")).transpose()?;
+                Ok::<_, TrainerError>(Projection { weight: joined("weight")?, bias })
             };
+            let query_key_value = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
             Ok(Block {
                 attention_norm: leaf("input_layernorm")?,
-                query_key_value: joined(&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"])?,
-                attention_output: leaf("self_attn.o_proj")?,
+                query_key_value: projection(&query_key_value, config.attention_bias)?,
+                attention_output: projection(&["self_attn.o_proj"], config.attention_bias)?,
                 feed_forward_norm: leaf("post_attention_layernorm")?,
-                gate_up: joined(&["mlp.gate_proj", "mlp.up_proj"])?,
-                down: leaf("mlp.down_proj")?,
+                gate_up: projection(&["mlp.gate_proj", "mlp.up_proj"], config.mlp_bias)?,
+                down: projection(&["mlp.down_proj"], config.mlp_bias)?,
             })
         };
         let output = if config.tie_word_embeddings {
@@ -76,14 +89,20 @@ impl Llama {
         })
     }
 
-    /// Tokens `[batch, time]` to logits `[batch, time, vocabulary]`.
-    pub(super) fn forward(&self, tokens: &Tensor) -> Result<Tensor, TchError> {
+    /// Tokens `[batch, time]` to what the output projection takes, `[batch, time, width]`.
+    pub(super) fn hidden(&self, tokens: &Tensor, attention: &mut Attention) -> Result<Tensor, TchError> {
         let mut x = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?;
-        for block in &self.blocks {
-            x = x.f_add(&self.attention(block, &self.rms_norm(&x, &block.attention_norm)?)?)?;
+        for (number, block) in self.blocks.iter().enumerate() {
+            let normed = self.rms_norm(&x, &block.attention_norm)?;
+            x = x.f_add(&self.attention(number, block, &normed, attention)?)?;
             x = x.f_add(&Self::feed_forward(block, &self.rms_norm(&x, &block.feed_forward_norm)?)?)?;
         }
-        self.rms_norm(&x, &self.norm)?.f_linear(&self.output, None::<&Tensor>)
+        self.rms_norm(&x, &self.norm)
+    }
+
+    /// `[vocabulary, width]`.
+    pub(super) fn output(&self) -> &Tensor {
+        &self.output
     }
 
     /// x / sqrt(mean(x^2) + epsilon) x gain (Zhang and Sennrich, arXiv 1910.07467, eq. 4).
@@ -91,34 +110,36 @@ impl Llama {
         x.f_rms_norm(gain.size(), Some(gain), self.epsilon)
     }
 
-    fn attention(&self, block: &Block, x: &Tensor) -> Result<Tensor, TchError> {
+    fn attention(
+        &self,
+        number: usize,
+        block: &Block,
+        x: &Tensor,
+        attention: &mut Attention,
+    ) -> Result<Tensor, TchError> {
         let (batch, time, _) = x.size3()?;
         let heads = [batch, time, self.queries + 2 * self.keys, self.head];
-        let heads = x.f_linear(&block.query_key_value, None::<&Tensor>)?.f_view(heads)?;
-        let turned = self.rotary.turn(&heads.f_narrow(2, 0, self.queries + self.keys)?)?;
+        let heads = block.query_key_value.apply(x)?.f_view(heads)?;
+        let turned = self.rotary.turn(&heads.f_narrow(2, 0, self.queries + self.keys)?, attention.past())?;
         // [batch, time, heads, head] -> [batch, heads, time, head].
         let query = turned.f_narrow(2, 0, self.queries)?.f_transpose(1, 2)?;
         let key = turned.f_narrow(2, self.queries, self.keys)?.f_transpose(1, 2)?;
         let value = heads.f_narrow(2, self.queries + self.keys, self.keys)?.f_transpose(1, 2)?;
-        let grouped = self.keys != self.queries;
-        let mixed = Tensor::f_scaled_dot_product_attention(
-            &query,
-            &key,
-            &value,
-            None::<&Tensor>,
-            /* dropout_p: */ 0.0,
-            /* is_causal: */ true,
-            /* scale, 1 / sqrt(head): */ None,
-            /* enable_gqa: */ grouped,
-        )?;
+        let mixed = attention.mix(number, &query, &key, &value, None)?;
         let mixed = mixed.f_transpose(1, 2)?.f_reshape([batch, time, self.queries * self.head])?;
-        mixed.f_linear(&block.attention_output, None::<&Tensor>)
+        block.attention_output.apply(&mixed)
     }
 
     /// SwiGLU (Shazeer, arXiv 2002.05202, eq. 6): down(silu(gate(x)) x up(x)).
     fn feed_forward(block: &Block, x: &Tensor) -> Result<Tensor, TchError> {
-        let both = x.f_linear(&block.gate_up, None::<&Tensor>)?.f_chunk(2, -1)?;
-        both[0].f_silu()?.f_mul(&both[1])?.f_linear(&block.down, None::<&Tensor>)
+        let both = block.gate_up.apply(x)?.f_chunk(2, -1)?;
+        block.down.apply(&both[0].f_silu()?.f_mul(&both[1])?)
+    }
+}
+
+impl Projection {
+    fn apply(&self, x: &Tensor) -> Result<Tensor, TchError> {
+        x.f_linear(&self.weight, self.bias.as_ref())
     }
 }
 
@@ -139,9 +160,13 @@ impl Rotary {
     fn new(config: &LlamaConfig, device: Device) -> Result<Self, TchError> {
         let (context, head) = (config.max_position_embeddings, config.head_dim());
         let half = head / 2;
-        let frequency = |pair: usize| config.rope_theta.powf(-((2 * pair) as f64) / head as f64) as f32;
+        let frequency = |pair: usize| {
+            let frequency = config.rope_theta.powf(-((2 * pair) as f64) / head as f64);
+            config.rope_scaling.as_ref().map_or(frequency, |scaling| scaling.scaled(frequency)) as f32
+        };
+        let frequencies: Vec<f32> = (0..half).map(frequency).collect();
         let angle =
-            |position: usize, component: usize| f64::from(position as f32 * frequency(component % half));
+            |position: usize, component: usize| f64::from(position as f32 * frequencies[component % half]);
         let table = |value: &dyn Fn(usize, usize) -> f64| {
             let values =
                 (0..context).flat_map(|position| (0..head).map(move |component| (position, component)));
@@ -157,10 +182,11 @@ impl Rotary {
         Ok(Self { cosines, sines, half: half as i64 })
     }
 
-    /// `[batch, time, heads, head]`, whose first position is 0.
-    fn turn(&self, x: &Tensor) -> Result<Tensor, TchError> {
+    /// `[batch, time, heads, head]`, whose first position is `first`.
+    fn turn(&self, x: &Tensor, first: i64) -> Result<Tensor, TchError> {
         let (_, time, _, _) = x.size4()?;
         let swapped = x.f_roll([self.half], [-1])?;
-        x.f_mul(&self.cosines.f_narrow(0, 0, time)?)?.f_addcmul(&swapped, &self.sines.f_narrow(0, 0, time)?)
+        x.f_mul(&self.cosines.f_narrow(0, first, time)?)?
+            .f_addcmul(&swapped, &self.sines.f_narrow(0, first, time)?)
     }
 }

@@ -18,20 +18,24 @@ pub(super) struct Parameters {
     tensors: Vec<TensorSpec>,
     /// `[parameters]`; never requires gradients itself.
     pub(super) values: Tensor,
-    /// `[parameters]`.
+    /// `[parameters]`; `[0]` where nothing is trained.
     pub(super) gradients: Tensor,
 }
 
 impl Parameters {
     /// Zeros, until [`Parameters::load`].
     pub(super) fn new(manifest: &Manifest, device: Device) -> Result<Self, TrainerError> {
+        let mut parameters = Self::frozen(manifest, device)?;
+        parameters.gradients = zeros(parameters.values.numel() as i64, device)?;
+        Ok(parameters)
+    }
+
+    /// The same without gradients: the values are read only.
+    pub(super) fn frozen(manifest: &Manifest, device: Device) -> Result<Self, TrainerError> {
         let count = i64::try_from(manifest.parameters())
             .map_err(|_| TrainerError::Settings("it has more parameters than fit an address".to_owned()))?;
-        Ok(Self {
-            tensors: manifest.tensors().to_vec(),
-            values: zeros(count, device)?,
-            gradients: zeros(count, device)?,
-        })
+        let (values, gradients) = (zeros(count, device)?, zeros(0, device)?);
+        Ok(Self { tensors: manifest.tensors().to_vec(), values, gradients })
     }
 
     /// The tensor `name` as a leaf in its shape. To be called once per name.
@@ -59,9 +63,11 @@ impl Parameters {
         let view = |flat: &Tensor| {
             flat.f_narrow(0, offset as i64, length as i64)?.f_view(shape.as_slice())?.f_detach()
         };
-        let leaf = view(&self.values)
-            .and_then(|leaf| leaf.f_set_requires_grad(true))
-            .doing("placing a parameter")?;
+        let leaf = view(&self.values).doing("placing a parameter")?;
+        if self.gradients.numel() == 0 {
+            return Ok(leaf);
+        }
+        let leaf = leaf.f_set_requires_grad(true).doing("placing a parameter")?;
         let gradient = view(&self.gradients).doing("placing a gradient")?;
         shim::set_gradient(&leaf, &gradient)?;
         Ok(leaf)
@@ -84,6 +90,24 @@ impl Parameters {
 
     pub(super) fn load(&mut self, flat: &[f32]) -> Result<(), TrainerError> {
         copy_in(&mut self.values, flat, "loading the model")
+    }
+
+    /// Takes the values over piece by piece: `fill` is given the position of each piece in the flat vector.
+    pub(super) fn load_pieces<E: From<TrainerError>>(
+        &mut self,
+        mut fill: impl FnMut(u64, &mut [f32]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        /// 16 MiB: neither device nor disk gain from more.
+        const PIECE_PARAMETERS: usize = 1 << 22;
+        let count = self.values.numel();
+        let mut piece = vec![0.0; PIECE_PARAMETERS.min(count)];
+        for start in (0..count).step_by(PIECE_PARAMETERS) {
+            let piece = &mut piece[..PIECE_PARAMETERS.min(count - start)];
+            fill(start as u64, piece)?;
+            let place = self.values.f_narrow(0, start as i64, piece.len() as i64);
+            copy_in(&mut place.doing("loading the model")?, piece, "loading the model")?;
+        }
+        Ok(())
     }
 
     pub(super) fn clear_gradients(&mut self) -> Result<(), TrainerError> {

@@ -4,7 +4,7 @@ use consort_common::{model::Architecture, schedule::Schedule, spec::TrainingSpec
 use tch::{Device, Kind, Reduction, TchError, Tensor};
 
 use super::{
-    Model,
+    LanguageModel, checked_manifest,
     device::upload,
     error::{Doing, TrainerError},
     optimizer::{Moments, Optimizer},
@@ -14,12 +14,8 @@ use super::{
 
 /// One model in training, on one device. All its tensors belong to the thread that calls it.
 pub struct Trainer {
-    pub(super) model: Model,
-    pub(super) device: Device,
-    /// Rows of the embedding; tokens are below it.
-    pub(super) vocabulary: usize,
-    /// Longest sequence, in tokens.
-    pub(super) context: usize,
+    pub(super) model: LanguageModel,
+    device: Device,
     /// Sequences per forward pass.
     pub(super) micro_batch: usize,
     parameters: Parameters,
@@ -61,7 +57,8 @@ pub struct StepOutcome {
 
 impl Trainer {
     /// A trainer with zeroed parameters ([`Trainer::load`] comes next) and moments. `run_steps` is the
-    /// number of optimizer steps in the whole run, over which the schedule extends.
+    /// number of optimizer steps in the whole run, over which the schedule extends; `end_of_text` the token
+    /// that parts documents.
     ///
     /// # Errors
     /// The settings contradict each other, or the device's memory does not suffice.
@@ -69,6 +66,7 @@ impl Trainer {
         architecture: &Architecture,
         training: &TrainingSpec,
         run_steps: u64,
+        end_of_text: u32,
         device: Device,
     ) -> Result<Self, TrainerError> {
         let [batch, micro_batch, sequence] =
@@ -85,13 +83,15 @@ impl Trainer {
                 format!("sequence_length is {sequence}, allowed: 1 to the model's context of {context}");
             return Err(TrainerError::Settings(problem));
         }
-        let (model, parameters) = Model::new(architecture, device)?;
+        let parameters = Parameters::new(&checked_manifest(architecture)?, device)?;
+        let mut model = LanguageModel::over(architecture, &parameters, device)?;
+        if training.document_mask {
+            model = model.with_documents_apart(end_of_text);
+        }
         let optimizer = Optimizer::new(&training.optimizer, &parameters, device)?;
         Ok(Self {
             model,
             device,
-            vocabulary: architecture.vocab_size(),
-            context: architecture.context_length(),
             micro_batch,
             parameters,
             optimizer,
@@ -177,7 +177,7 @@ impl Trainer {
             let expected = format!("{} sequences of {length}", self.batch);
             return Err(TrainerError::Tokens { what: "the batch", found: batch.len(), expected });
         }
-        self.check_vocabulary(batch)?;
+        self.model.check_vocabulary(batch)?;
         let tokens =
             upload(batch, &[self.batch as i64, length as i64], self.device).doing("uploading a batch")?;
 
@@ -235,15 +235,6 @@ impl Trainer {
         Ok(values.chunks_exact(2).map(result).collect())
     }
 
-    /// An index outside the embedding would, on a GPU, stop the whole device.
-    pub(super) fn check_vocabulary(&self, tokens: &[i64]) -> Result<(), TrainerError> {
-        let allowed = 0..self.vocabulary as i64;
-        match tokens.iter().find(|token| !allowed.contains(token)) {
-            Some(token) => Err(TrainerError::Vocabulary { token: *token, vocabulary: self.vocabulary }),
-            None => Ok(()),
-        }
-    }
-
     /// The gradient that the last step used, for tests: after clipping.
     #[cfg(test)]
     pub(super) fn gradient(&self) -> Vec<f32> {
@@ -266,7 +257,8 @@ pub fn memory_bytes_needed(architecture: &Architecture, training: &TrainingSpec)
         Architecture::Llama(config) => {
             config.num_hidden_layers * (17 * config.hidden_size + 5 * config.intermediate_size)
         }
-        Architecture::Gpt2(config) => config.n_layer * 22 * config.n_embd,
+        Architecture::Gpt2(config) => config.n_layer * (14 * config.n_embd + 2 * config.inner()),
+        Architecture::Mpt(config) => config.n_layers * 22 * config.d_model,
     };
     // Logits are kept as such, as probabilities and as their gradient.
     let per_token = (blocks + 3 * architecture.vocab_size()) as u64;

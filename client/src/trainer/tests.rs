@@ -1,26 +1,26 @@
 //! The trainer through its outer interface. `CONSORT_TEST_DEVICE` (default: cpu) says where.
 
-use std::ops::ControlFlow;
-
 use consort_common::{
-    model::{Architecture, Gpt2Config, LlamaConfig},
+    model::{Architecture, Gpt2Config, LlamaConfig, MptConfig},
     schedule::Schedule,
     spec::{OptimizerSpec, TrainingSpec},
 };
 
-use super::{Device, DeviceChoice, EvaluationSum, Sampling, StepResult, Trainer, TrainerError, set_threads};
+use super::{Device, DeviceChoice, LanguageModel, StepResult, Trainer, TrainerError, set_threads};
 
-const VOCABULARY: usize = 50;
+pub(super) const VOCABULARY: usize = 50;
+/// The token that parts documents.
+pub(super) const END_OF_TEXT: u32 = 49;
 const RUN_STEPS: u64 = 100;
 
-fn test_device() -> Device {
+pub(super) fn test_device() -> Device {
     // Tests run beside each other: threads of theirs would only wait for each other.
     set_threads(1);
     let name = std::env::var("CONSORT_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
     name.parse::<DeviceChoice>().unwrap().open().unwrap()
 }
 
-fn llama_config() -> LlamaConfig {
+pub(super) fn llama_config() -> LlamaConfig {
     LlamaConfig {
         vocab_size: VOCABULARY,
         hidden_size: 32,
@@ -33,11 +33,11 @@ fn llama_config() -> LlamaConfig {
     }
 }
 
-fn llama() -> Architecture {
+pub(super) fn llama() -> Architecture {
     Architecture::Llama(llama_config())
 }
 
-fn gpt2() -> Architecture {
+pub(super) fn gpt2() -> Architecture {
     Architecture::Gpt2(Gpt2Config {
         vocab_size: VOCABULARY,
         n_positions: 16,
@@ -48,7 +48,27 @@ fn gpt2() -> Architecture {
     })
 }
 
-fn training() -> TrainingSpec {
+pub(super) fn mpt() -> Architecture {
+    Architecture::Mpt(MptConfig {
+        vocab_size: VOCABULARY,
+        max_seq_len: 16,
+        d_model: 32,
+        n_layers: 2,
+        n_heads: 4,
+        ..MptConfig::default()
+    })
+}
+
+pub(super) fn all() -> [Architecture; 3] {
+    [llama(), gpt2(), mpt()]
+}
+
+/// A model that is only asked.
+pub(super) fn model(architecture: &Architecture) -> LanguageModel {
+    LanguageModel::from_flat(architecture, &architecture.manifest().initialise(7), test_device()).unwrap()
+}
+
+pub(super) fn training() -> TrainingSpec {
     TrainingSpec {
         batch_size: 4,
         sequence_length: 8,
@@ -57,14 +77,14 @@ fn training() -> TrainingSpec {
     }
 }
 
-fn trainer(architecture: &Architecture, training: &TrainingSpec) -> Trainer {
-    let mut trainer = Trainer::new(architecture, training, RUN_STEPS, test_device()).unwrap();
+pub(super) fn trainer(architecture: &Architecture, training: &TrainingSpec) -> Trainer {
+    let mut trainer = Trainer::new(architecture, training, RUN_STEPS, END_OF_TEXT, test_device()).unwrap();
     trainer.load(&architecture.manifest().initialise(7)).unwrap();
     trainer
 }
 
 /// Mean loss of the updates since the last reading.
-fn take_loss(trainer: &mut Trainer) -> f64 {
+pub(super) fn take_loss(trainer: &mut Trainer) -> f64 {
     let results = trainer.take_results().unwrap();
     let losses: Vec<f64> =
         results.iter().filter(|result| result.is_update()).map(|result| f64::from(result.loss)).collect();
@@ -72,11 +92,11 @@ fn take_loss(trainer: &mut Trainer) -> f64 {
 }
 
 /// A batch for `training()`, different for each `seed`.
-fn batch(seed: i64) -> Vec<i64> {
+pub(super) fn batch(seed: i64) -> Vec<i64> {
     (0..4 * 9).map(|index| (index * index * 7 + index * 3 + seed * 11) % VOCABULARY as i64).collect()
 }
 
-fn go_on() -> bool {
+pub(super) fn go_on() -> bool {
     false
 }
 
@@ -84,13 +104,13 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
-fn largest_difference(left: &[f32], right: &[f32]) -> f32 {
+pub(super) fn largest_difference(left: &[f32], right: &[f32]) -> f32 {
     assert_eq!(left.len(), right.len());
     left.iter().zip(right).map(|(left, right)| (left - right).abs()).fold(0.0, f32::max)
 }
 
 /// Values of the tensor `name` in a flat vector.
-fn tensor<'a>(architecture: &Architecture, flat: &'a [f32], name: &str) -> &'a [f32] {
+pub(super) fn tensor<'a>(architecture: &Architecture, flat: &'a [f32], name: &str) -> &'a [f32] {
     let mut offset = 0;
     for tensor in architecture.manifest().tensors() {
         if tensor.name == name {
@@ -103,7 +123,7 @@ fn tensor<'a>(architecture: &Architecture, flat: &'a [f32], name: &str) -> &'a [
 
 #[test]
 fn the_untrained_model_knows_nothing() {
-    for architecture in [llama(), gpt2()] {
+    for architecture in all() {
         let mut trainer = trainer(&architecture, &training());
         trainer.step(&batch(1), 0, &go_on).unwrap();
         let loss = take_loss(&mut trainer);
@@ -114,7 +134,7 @@ fn the_untrained_model_knows_nothing() {
 
 #[test]
 fn a_tiny_batch_is_learnt_by_heart() {
-    for architecture in [llama(), gpt2()] {
+    for architecture in all() {
         let optimizer = OptimizerSpec::AdamW {
             learning_rate: 1e-2,
             beta1: 0.9,
@@ -136,9 +156,9 @@ fn a_tiny_batch_is_learnt_by_heart() {
 
 #[test]
 fn every_tensor_has_a_gradient() {
-    for architecture in
-        [llama(), gpt2(), Architecture::Llama(LlamaConfig { tie_word_embeddings: false, ..llama_config() })]
-    {
+    let untied = LlamaConfig { tie_word_embeddings: false, ..llama_config() };
+    let with_biases = LlamaConfig { attention_bias: true, mlp_bias: true, ..llama_config() };
+    for architecture in all().into_iter().chain([untied, with_biases].map(Architecture::Llama)) {
         let mut trainer = trainer(&architecture, &training());
         trainer.step(&batch(1), 0, &go_on).unwrap();
         let gradient = trainer.gradient();
@@ -151,7 +171,7 @@ fn every_tensor_has_a_gradient() {
 
 #[test]
 fn the_gradient_is_that_of_the_loss() {
-    for architecture in [llama(), gpt2()] {
+    for architecture in all() {
         let unclipped = TrainingSpec { gradient_clip: 0.0, ..training() };
         let mut trainer = trainer(&architecture, &unclipped);
         let parameters = trainer.parameters().unwrap();
@@ -173,7 +193,7 @@ fn the_gradient_is_that_of_the_loss() {
 
 #[test]
 fn micro_batches_make_the_same_step_as_the_whole_batch() {
-    for architecture in [llama(), gpt2()] {
+    for architecture in all() {
         let mut whole = trainer(&architecture, &training());
         let mut parts = trainer(&architecture, &TrainingSpec { micro_batch_size: 1, ..training() });
         for trainer in [&mut whole, &mut parts] {
@@ -187,7 +207,7 @@ fn micro_batches_make_the_same_step_as_the_whole_batch() {
 
 #[test]
 fn the_same_steps_give_the_same_bits() {
-    for architecture in [llama(), gpt2()] {
+    for architecture in all() {
         let run = || {
             let mut trainer = trainer(&architecture, &training());
             for step in 0..5 {
@@ -201,14 +221,15 @@ fn the_same_steps_give_the_same_bits() {
 
 #[test]
 fn training_goes_on_from_saved_parameters_and_moments_as_if_never_stopped() {
-    for architecture in [llama(), gpt2()] {
+    for architecture in all() {
         let mut undisturbed = trainer(&architecture, &training());
         for step in 0..3 {
             undisturbed.step(&batch(step), step as u64, &go_on).unwrap();
         }
         let (parameters, moments) = (undisturbed.parameters().unwrap(), undisturbed.moments().unwrap());
         assert_eq!(moments.steps, 3);
-        let mut resumed = Trainer::new(&architecture, &training(), RUN_STEPS, test_device()).unwrap();
+        let mut resumed =
+            Trainer::new(&architecture, &training(), RUN_STEPS, END_OF_TEXT, test_device()).unwrap();
         resumed.load(&parameters).unwrap();
         resumed.load_moments(&moments).unwrap();
         for trainer in [&mut undisturbed, &mut resumed] {
@@ -252,7 +273,7 @@ fn clipping_scales_the_gradient_to_the_norm_and_keeps_its_direction() {
 
 #[test]
 fn weight_decay_spares_gains_and_biases() {
-    for architecture in [llama(), gpt2()] {
+    for architecture in all() {
         let after = |weight_decay| {
             let optimizer = OptimizerSpec::AdamW {
                 learning_rate: 1e-2,
@@ -345,138 +366,6 @@ fn one_bad_step_among_good_ones_is_skipped_and_counted() {
 }
 
 #[test]
-fn grouped_query_attention_is_that_of_repeated_key_and_value_heads() {
-    let grouped = llama();
-    let full = Architecture::Llama(LlamaConfig { num_key_value_heads: 4, ..llama_config() });
-    let flat = grouped.manifest().initialise(7);
-    let head = 8 * 32; // values of one head's projection
-    let repeated: Vec<f32> = full
-        .manifest()
-        .tensors()
-        .iter()
-        .flat_map(|spec| {
-            let values = tensor(&grouped, &flat, &spec.name);
-            if spec.name.contains("k_proj") || spec.name.contains("v_proj") {
-                values.chunks(head).flat_map(|head| [head, head].concat()).collect()
-            } else {
-                values.to_vec()
-            }
-        })
-        .collect();
-    let mut full = trainer(&full, &training());
-    full.load(&repeated).unwrap();
-    let tokens = &batch(3)[..12];
-    let difference = largest_difference(
-        &trainer(&grouped, &training()).logits(tokens).unwrap(),
-        &full.logits(tokens).unwrap(),
-    );
-    assert!(difference < 1e-6, "{difference:e}");
-}
-
-#[test]
-fn a_tied_head_is_the_embedding() {
-    let (tied, untied) =
-        (llama(), Architecture::Llama(LlamaConfig { tie_word_embeddings: false, ..llama_config() }));
-    let mut flat = tied.manifest().initialise(7);
-    let tied = trainer(&tied, &training());
-    flat.extend_from_within(..VOCABULARY * 32);
-    let mut untied = trainer(&untied, &training());
-    untied.load(&flat).unwrap();
-    assert_eq!(tied.logits(&batch(1)[..9]).unwrap(), untied.logits(&batch(1)[..9]).unwrap());
-}
-
-#[test]
-fn later_tokens_do_not_change_earlier_logits() {
-    for architecture in [llama(), gpt2()] {
-        let trainer = trainer(&architecture, &training());
-        let mut tokens = batch(1)[..16].to_vec();
-        let before = trainer.logits(&tokens).unwrap();
-        tokens[10] = (tokens[10] + 1) % VOCABULARY as i64;
-        let after = trainer.logits(&tokens).unwrap();
-        let (earlier, later) = (10 * VOCABULARY, 11 * VOCABULARY);
-        assert!(largest_difference(&before[..earlier], &after[..earlier]) < 1e-7);
-        assert!(largest_difference(&before[earlier..later], &after[earlier..later]) > 1e-4);
-        assert!(largest_difference(&before[later..], &after[later..]) > 1e-6, "later ones see it");
-    }
-}
-
-#[test]
-fn order_matters_to_attention() {
-    for architecture in [llama(), gpt2()] {
-        let trainer = trainer(&architecture, &training());
-        let last = |tokens: &[i64]| trainer.logits(tokens).unwrap().split_off(3 * VOCABULARY);
-        assert!(
-            largest_difference(&last(&[1, 2, 3, 4]), &last(&[2, 1, 3, 4])) > 1e-5,
-            "{}",
-            architecture.name()
-        );
-    }
-}
-
-#[test]
-fn held_out_loss_is_the_sum_over_windows_of_any_length() {
-    for architecture in [llama(), gpt2()] {
-        let trainer = trainer(&architecture, &training());
-        let windows: Vec<Vec<i64>> =
-            [9, 9, 9, 9, 9, 9, 4, 17, 2].map(|length| batch(length)[..length as usize].to_vec()).to_vec();
-        let all = trainer.evaluate(windows.clone(), &go_on).unwrap();
-        assert_eq!(all.tokens, 6 * 8 + 3 + 16 + 1);
-        let mut one_by_one = EvaluationSum::default();
-        for window in windows {
-            // Cross-entropy by hand from the logits.
-            let logits = trainer.logits(&window[..window.len() - 1]).unwrap();
-            for (row, target) in logits.chunks(VOCABULARY).zip(&window[1..]) {
-                let total: f64 = row.iter().map(|logit| f64::from(*logit).exp()).sum();
-                one_by_one.loss_sum += total.ln() - f64::from(row[*target as usize]);
-                one_by_one.tokens += 1;
-            }
-        }
-        assert_eq!(all.tokens, one_by_one.tokens);
-        assert!((all.loss_sum / one_by_one.loss_sum - 1.0).abs() < 1e-5, "{all:?} {one_by_one:?}");
-        assert!((all.perplexity() / VOCABULARY as f64 - 1.0).abs() < 0.05);
-    }
-}
-
-#[test]
-fn evaluation_can_be_cancelled_and_of_nothing_is_nothing() {
-    let trainer = trainer(&llama(), &training());
-    let windows = vec![batch(1)[..9].to_vec()];
-    assert!(matches!(trainer.evaluate(windows, &|| true), Err(TrainerError::Cancelled)));
-    assert_eq!(trainer.evaluate([], &go_on).unwrap(), EvaluationSum::default());
-}
-
-#[test]
-fn generated_text_follows_its_seed_and_outgrows_the_context() {
-    let trainer = trainer(&llama(), &training());
-    let text = |seed, temperature| {
-        let mut text = Vec::new();
-        let sampling = Sampling { temperature, top_p: 0.9, seed };
-        let keep = |token| {
-            text.push(token);
-            ControlFlow::Continue(())
-        };
-        trainer.generate(&[1, 2, 3], 30, sampling, keep).unwrap();
-        text
-    };
-    assert_eq!(text(1, 1.0).len(), 30);
-    assert_eq!(text(1, 1.0), text(1, 1.0));
-    assert_ne!(text(1, 1.0), text(2, 1.0));
-    assert_eq!(text(1, 0.0), text(2, 0.0), "no draw at temperature 0");
-}
-
-#[test]
-fn generation_ends_when_told() {
-    let mut count = 0;
-    let stop = |_| {
-        count += 1;
-        if count == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    };
-    let sampling = Sampling { temperature: 1.0, top_p: 1.0, seed: 1 };
-    trainer(&gpt2(), &training()).generate(&[1], 30, sampling, stop).unwrap();
-    assert_eq!(count, 3);
-}
-
-#[test]
 fn what_does_not_fit_the_model_is_refused_in_words() {
     let mut trainer = trainer(&llama(), &training());
     let before = trainer.parameters().unwrap();
@@ -496,8 +385,14 @@ fn what_does_not_fit_the_model_is_refused_in_words() {
         tokens[20] = stranger;
         check(trainer.step(&tokens, 0, &go_on).unwrap_err(), &format!("token {stranger} is outside"));
     }
-    check(trainer.logits(&[]).unwrap_err(), "0 tokens, expected 1 to the model's context of 16");
-    check(trainer.logits(&[1; 17]).unwrap_err(), "17 tokens");
+    let model = model(&llama());
+    check(model.logits(&[]).unwrap_err(), "0 tokens, expected 1 to the model's context of 16");
+    check(model.logits(&[1; 17]).unwrap_err(), "17 tokens");
+    let flat = &before[1..];
+    check(
+        LanguageModel::from_flat(&llama(), flat, test_device()).err().unwrap(),
+        "values, but the model has",
+    );
     check(trainer.evaluate([vec![1]], &go_on).unwrap_err(), "0 tokens");
     check(trainer.evaluate([vec![1; 18]], &go_on).unwrap_err(), "17 tokens");
     assert_eq!(trainer.parameters().unwrap(), before);
@@ -507,7 +402,8 @@ fn what_does_not_fit_the_model_is_refused_in_words() {
 #[test]
 fn impossible_settings_are_refused_in_words() {
     let check = |architecture: &Architecture, training: &TrainingSpec, expected: &str| {
-        let error = Trainer::new(architecture, training, 1, test_device()).err().unwrap().to_string();
+        let error =
+            Trainer::new(architecture, training, 1, END_OF_TEXT, test_device()).err().unwrap().to_string();
         assert!(error.contains(expected), "{error}");
     };
     check(

@@ -101,7 +101,7 @@ mod tests {
     fn build() -> Trainer {
         let architecture =
             Architecture::Llama(LlamaConfig { num_hidden_layers: 1, ..LlamaConfig::default() });
-        Trainer::new(&architecture, &TrainingSpec::default(), 1, Device::Cpu).unwrap()
+        Trainer::new(&architecture, &TrainingSpec::default(), 1, 0, Device::Cpu).unwrap()
     }
 
     #[tokio::test]

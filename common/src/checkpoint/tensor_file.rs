@@ -6,7 +6,7 @@
 //! that equal models are equal files.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fs::File,
     io::{self, Read, Write},
     os::unix::fs::FileExt,
@@ -19,7 +19,7 @@ use safetensors::{
 };
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
-use crate::model::{Architecture, Manifest};
+use crate::model::Manifest;
 
 // The file is little-endian and the vector is written as it lies in memory.
 const _: () = assert!(cfg!(target_endian = "little"), "checkpoints are written on little-endian machines");
@@ -29,10 +29,8 @@ const LENGTH_BYTES: u64 = 8;
 const HEADER_BYTES_MAX: u64 = 100_000_000;
 /// Bytes read and written at a time; a multiple of every dtype's size.
 const BLOCK_BYTES: usize = 1 << 20;
-/// Names listed in an error.
-const NAMES_SHOWN_MAX: usize = 20;
 
-/// Why a safetensors file is not the model's.
+/// Why a safetensors file cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum TensorFileError {
     /// The file system refused.
@@ -41,21 +39,6 @@ pub enum TensorFileError {
     /// The file contradicts itself.
     #[error("not a whole safetensors file: {0}")]
     Malformed(String),
-    /// The tensors are not those of the configuration.
-    #[error("does not hold the tensors of config.json: {}", shown(.0))]
-    Mismatch(Vec<String>),
-    /// A value is NaN or infinite.
-    #[error("tensor {0} holds NaN or infinite values")]
-    NotFinite(String),
-}
-
-/// The first problems, and how many more there are.
-fn shown(problems: &[String]) -> String {
-    let mut text = problems.iter().take(NAMES_SHOWN_MAX).cloned().collect::<Vec<_>>().join("; ");
-    if problems.len() > NAMES_SHOWN_MAX {
-        text += &format!("; and {} more", problems.len() - NAMES_SHOWN_MAX);
-    }
-    text
 }
 
 /// Writes the whole file, with the flat vector's bytes as they come from `values`, and returns its length in
@@ -108,25 +91,49 @@ impl Serialize for Header<'_> {
     }
 }
 
-/// Reads the architecture's flat vector. Nothing of the model's size is allocated before the file is known
-/// to hold exactly its tensors.
-pub(super) fn read(file: &File, architecture: &Architecture) -> Result<Vec<f32>, TensorFileError> {
-    let (metadata, data_start) = read_header(file)?;
-    let manifest = architecture.manifest();
-    let tensors = matched(&manifest, &metadata, architecture)?;
-    let parameters = usize::try_from(manifest.parameters()).map_err(|error| malformed(&error))?;
-    let mut flat = vec![0.0f32; parameters];
-    let mut block = vec![0u8; BLOCK_BYTES];
-    let mut rest = flat.as_mut_slice();
-    for (tensor, info) in manifest.tensors().iter().zip(tensors) {
-        let (values, tail) = rest.split_at_mut(tensor.parameters());
-        read_values(file, data_start + info.data_offsets.0 as u64, info.dtype, &mut block, values)?;
-        if !values.iter().fold(true, |finite, value| finite & value.is_finite()) {
-            return Err(TensorFileError::NotFinite(tensor.name.clone()));
-        }
-        rest = tail;
+/// A safetensors file that is open, its header read and checked.
+#[derive(Debug)]
+pub(super) struct TensorFile {
+    file: File,
+    /// Where the data begin, in bytes.
+    data_start: u64,
+    metadata: Metadata,
+}
+
+impl TensorFile {
+    /// Takes no more memory than the header.
+    pub(super) fn open(file: File) -> Result<Self, TensorFileError> {
+        let (metadata, data_start) = read_header(&file)?;
+        Ok(Self { file, data_start, metadata })
     }
-    Ok(flat)
+
+    /// What is in the file, by name.
+    pub(super) fn tensors(&self) -> impl Iterator<Item = (String, TensorInfo)> {
+        self.metadata.tensors().into_iter().map(|(name, info)| (name, info.clone()))
+    }
+
+    /// Reads a tensor's values from its `first` on, as many as `values` takes, widened to fp32.
+    pub(super) fn read(&self, info: &TensorInfo, first: usize, values: &mut [f32]) -> io::Result<()> {
+        let value_bytes = value_bytes(info.dtype);
+        let mut offset = self.data_start + (info.data_offsets.0 + first * value_bytes) as u64;
+        let mut block = vec![0; BLOCK_BYTES.min(values.len() * value_bytes)];
+        for values in values.chunks_mut(BLOCK_BYTES / value_bytes) {
+            let block = &mut block[..values.len() * value_bytes];
+            self.file.read_exact_at(block, offset)?;
+            offset += block.len() as u64;
+            convert(info.dtype, block, values);
+        }
+        Ok(())
+    }
+}
+
+/// Whether tensors of this type can be read.
+pub(super) fn is_supported(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16)
+}
+
+fn value_bytes(dtype: Dtype) -> usize {
+    if dtype == Dtype::F32 { 4 } else { 2 }
 }
 
 /// The header, checked against the file's length, and where the data begin.
@@ -152,76 +159,6 @@ fn read_header(file: &File) -> Result<(Metadata, u64), TensorFileError> {
 
 fn malformed(error: &dyn std::error::Error) -> TensorFileError {
     TensorFileError::Malformed(error.to_string())
-}
-
-/// The file's tensor for each of the manifest's, or everything that does not match.
-fn matched(
-    manifest: &Manifest,
-    metadata: &Metadata,
-    architecture: &Architecture,
-) -> Result<Vec<TensorInfo>, TensorFileError> {
-    let tensors = metadata.tensors();
-    let by_name: BTreeMap<&str, (&str, &TensorInfo)> =
-        tensors.iter().map(|(name, info)| (canonical(architecture, name), (name.as_str(), *info))).collect();
-    let mut problems = Vec::new();
-    let mut found = Vec::new();
-    for tensor in manifest.tensors() {
-        match by_name.get(canonical(architecture, &tensor.name)) {
-            None => problems.push(format!("{} is missing", tensor.name)),
-            Some((name, info)) if info.shape != tensor.shape => {
-                problems.push(format!("{name} has the shape {:?}, not {:?}", info.shape, tensor.shape));
-            }
-            Some((name, info)) if !matches!(info.dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16) => {
-                problems.push(format!("{name} is {:?}; supported: F32, BF16, F16", info.dtype));
-            }
-            Some((_, info)) => found.push((*info).clone()),
-        }
-    }
-    let known: BTreeSet<&str> =
-        manifest.tensors().iter().map(|tensor| canonical(architecture, &tensor.name)).collect();
-    let unexpected =
-        by_name.iter().filter(|(name, _)| !known.contains(*name) && !ignored(architecture, name));
-    problems.extend(unexpected.map(|(_, (name, _))| format!("{name} is not expected")));
-    if problems.is_empty() { Ok(found) } else { Err(TensorFileError::Mismatch(problems)) }
-}
-
-/// The name by which a tensor is looked up: GPT-2's exist with and without a prefix.
-fn canonical<'a>(architecture: &Architecture, name: &'a str) -> &'a str {
-    match architecture {
-        Architecture::Gpt2(_) => name.strip_prefix("transformer.").unwrap_or(name),
-        Architecture::Llama(_) => name,
-    }
-}
-
-/// Tensors that older files hold and no model needs: causal masks, rotary frequencies, and an output
-/// projection that is the embedding (`transformers` too takes the embedding).
-fn ignored(architecture: &Architecture, name: &str) -> bool {
-    match architecture {
-        Architecture::Gpt2(_) => {
-            name == "lm_head.weight" || name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias")
-        }
-        Architecture::Llama(config) => {
-            name.ends_with(".rotary_emb.inv_freq") || (config.tie_word_embeddings && name == "lm_head.weight")
-        }
-    }
-}
-
-/// Reads `values.len()` numbers of the type `dtype` from `offset` on, block by block.
-fn read_values(
-    file: &File,
-    mut offset: u64,
-    dtype: Dtype,
-    block: &mut [u8],
-    values: &mut [f32],
-) -> io::Result<()> {
-    let value_bytes = if dtype == Dtype::F32 { 4 } else { 2 };
-    for values in values.chunks_mut(BLOCK_BYTES / value_bytes) {
-        let block = &mut block[..values.len() * value_bytes];
-        file.read_exact_at(block, offset)?;
-        offset += block.len() as u64;
-        convert(dtype, block, values);
-    }
-    Ok(())
 }
 
 fn convert(dtype: Dtype, block: &[u8], values: &mut [f32]) {

@@ -8,7 +8,7 @@ use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
 use super::*;
 use crate::{
-    model::{Gpt2Config, LlamaConfig},
+    model::{Gpt2Config, LlamaConfig, MptConfig},
     tokenizer::{BYTE_END_OF_TEXT, BYTE_END_OF_TEXT_ID, byte_tokenizer_json},
 };
 
@@ -24,6 +24,10 @@ fn llama(tie_word_embeddings: bool) -> Architecture {
 
 fn gpt2() -> Architecture {
     Architecture::Gpt2(Gpt2Config { n_embd: 16, n_layer: 2, ..Gpt2Config::default() })
+}
+
+fn mpt() -> Architecture {
+    Architecture::Mpt(MptConfig { d_model: 16, n_layers: 2, ..MptConfig::default() })
 }
 
 fn write_byte_model(directory: &Path, architecture: &Architecture) -> Vec<f32> {
@@ -75,14 +79,14 @@ fn read_foreign(
 /// The message about the tensors, without the path.
 fn refusal(result: Result<LoadedCheckpoint, CheckpointError>) -> String {
     match result.unwrap_err() {
-        CheckpointError::Tensors { source, .. } => source.to_string(),
+        CheckpointError::Weights { source, .. } => source.to_string(),
         error => panic!("not about the tensors: {error}"),
     }
 }
 
 #[test]
 fn what_was_written_is_read_back() {
-    for architecture in [llama(true), llama(false), gpt2()] {
+    for architecture in [llama(true), llama(false), gpt2(), mpt()] {
         let root = tempfile::tempdir().unwrap();
         let directory = root.path().join("runs/a/round-7");
         let flat = write_byte_model(&directory, &architecture);
@@ -183,6 +187,105 @@ fn tensors_longer_than_a_block_are_read_whole() {
 }
 
 #[test]
+fn any_piece_is_filled_as_in_the_whole() {
+    let root = tempfile::tempdir().unwrap();
+    let flat = write_byte_model(root.path(), &gpt2());
+    let reader = CheckpointReader::open(root.path()).unwrap();
+    for length in [0, 1, 3, 250, 4096, flat.len()] {
+        for start in (0..=flat.len() - length).step_by(997) {
+            let mut piece = vec![f32::NAN; length];
+            reader.fill(start as u64, &mut piece).unwrap();
+            assert_eq!(piece, flat[start..start + length], "{length} values from {start}");
+        }
+    }
+    let error = reader.fill(1, &mut vec![0.0; flat.len()]).unwrap_err();
+    assert!(matches!(error, CheckpointError::Length { .. }), "{error}");
+}
+
+/// Writes a checkpoint of `gpt2()` whose tensors are spread over files with these names, in turn.
+fn write_sharded(directory: &Path, names: &[&str]) -> Vec<f32> {
+    let flat = write_byte_model(directory, &gpt2());
+    fs::remove_file(directory.join(MODEL_FILE)).unwrap();
+    let tensors = fp32(&gpt2());
+    let mut weight_map = serde_json::Map::new();
+    for (index, file) in names.iter().enumerate() {
+        let part = tensors.iter().skip(index).step_by(names.len());
+        weight_map.extend(part.clone().map(|(name, ..)| (name.clone(), (*file).into())));
+        let views = part.map(|(name, dtype, shape, bytes)| {
+            (name.as_str(), TensorView::new(*dtype, shape.clone(), bytes).unwrap())
+        });
+        if let Some(name) = Path::new(file).file_name() {
+            fs::write(directory.join(name), safetensors::serialize(views, None).unwrap()).unwrap();
+        }
+    }
+    let index = json!({"metadata": {"total_size": 1}, "weight_map": weight_map});
+    fs::write(directory.join(weights::INDEX_FILE), index.to_string()).unwrap();
+    flat
+}
+
+#[test]
+fn weights_in_several_files_are_read_as_one() {
+    let root = tempfile::tempdir().unwrap();
+    let names = ["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", "c.safetensors"];
+    let flat = write_sharded(root.path(), &names);
+    assert_eq!(read(root.path()).unwrap().flat, flat);
+
+    let error = refusal(read_with(root.path(), |path| fs::copy(path.join(names[0]), path.join(names[2]))));
+    assert!(
+        error.contains("transformer.wte.weight is there twice (also as transformer.wte.weight)"),
+        "{error}"
+    );
+    assert!(error.contains("transformer.h.0.ln_1.weight is missing"), "{error}");
+    let error = read_with(root.path(), |path| fs::remove_file(path.join(names[1]))).unwrap_err().to_string();
+    assert!(error.contains("cannot open") && error.contains(names[1]), "{error}");
+}
+
+/// What reading gives after `damage` was done.
+fn read_with<T>(
+    directory: &Path,
+    damage: impl FnOnce(&Path) -> io::Result<T>,
+) -> Result<LoadedCheckpoint, CheckpointError> {
+    damage(directory).unwrap();
+    read(directory)
+}
+
+#[test]
+fn an_index_names_files_beside_it_only() {
+    for name in ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", ""] {
+        let root = tempfile::tempdir().unwrap();
+        let directory = root.path().join("checkpoint");
+        write_sharded(&directory, &["x.safetensors", name]);
+        let error = refusal(read(&directory));
+        assert!(error.contains("which is not in the checkpoint's directory"), "{name}: {error}");
+    }
+    let root = tempfile::tempdir().unwrap();
+    write_sharded(root.path(), &["x.safetensors"]);
+    fs::write(root.path().join(weights::INDEX_FILE), r#"{"weight_map": {}}"#).unwrap();
+    assert!(refusal(read(root.path())).contains("it names 0 files"));
+    fs::write(root.path().join(weights::INDEX_FILE), r#"{"weights": {}}"#).unwrap();
+    assert!(matches!(read(root.path()), Err(CheckpointError::Json { .. })));
+}
+
+#[test]
+fn a_bare_model_is_read_without_its_prefix_and_with_what_older_files_hold() {
+    for (architecture, buffer) in
+        [(llama(true), "layers.0.self_attn.rotary_emb.inv_freq"), (gpt2(), "h.1.attn.bias"), (mpt(), "")]
+    {
+        let mut tensors = fp32(&architecture);
+        for (name, ..) in &mut tensors {
+            *name = name.trim_start_matches("transformer.").trim_start_matches("model.").to_owned();
+        }
+        if !buffer.is_empty() {
+            tensors.push((buffer.to_owned(), Dtype::F32, vec![1], vec![0; 4]));
+        }
+        let flat = architecture.manifest().initialise(1);
+        assert_eq!(read_foreign(&architecture, &tensors).unwrap().flat, flat);
+        tensors.push(("layers.0.other".to_owned(), Dtype::F32, vec![1], vec![0; 4]));
+        assert!(refusal(read_foreign(&architecture, &tensors)).contains("layers.0.other is not expected"));
+    }
+}
+
+#[test]
 fn gpt2_is_read_without_its_prefix_and_with_its_masks() {
     let mut tensors = fp32(&gpt2());
     for (name, ..) in &mut tensors {
@@ -233,7 +336,7 @@ fn a_file_cut_anywhere_is_refused() {
     let whole = fs::read(directory.join(MODEL_FILE)).unwrap();
     for length in [0, 7, 8, 100, 1_000, whole.len() - 1] {
         fs::write(directory.join(MODEL_FILE), &whole[..length]).unwrap();
-        assert!(matches!(read(&directory), Err(CheckpointError::Tensors { .. })), "{length} bytes");
+        assert!(matches!(read(&directory), Err(CheckpointError::Weights { .. })), "{length} bytes");
     }
     let huge = [&u64::MAX.to_le_bytes()[..], &whole[8..]].concat();
     fs::write(directory.join(MODEL_FILE), huge).unwrap();
@@ -286,8 +389,10 @@ fn other_formats_are_told_apart_from_missing_files() {
     fs::remove_file(directory.join(MODEL_FILE)).unwrap();
     let error = read(&directory).unwrap_err().to_string();
     assert!(error.contains("cannot open") && error.contains("model.safetensors"), "{error}");
-    fs::write(directory.join("model.safetensors.index.json"), "{}").unwrap();
+    fs::write(directory.join("pytorch_model.bin"), "").unwrap();
     assert!(matches!(read(&directory), Err(CheckpointError::OtherFormat { .. })));
+    fs::remove_file(directory.join(TOKENIZER_FILE)).unwrap();
+    assert!(read(&directory).unwrap_err().to_string().contains("holds no tokenizer.json"));
 }
 
 #[test]
@@ -303,6 +408,10 @@ fn the_end_of_text_is_found_wherever_it_is_named() {
     fs::remove_file(directory.join(TOKENIZER_CONFIG_FILE)).unwrap();
     fs::remove_file(directory.join(SPECIAL_TOKENS_FILE)).unwrap();
     assert_eq!(read(&directory).unwrap().end_of_text, BYTE_END_OF_TEXT, "by its id");
+    fs::write(directory.join(GENERATION_CONFIG_FILE), r#"{"eos_token_id": [65, 256]}"#).unwrap();
+    assert_eq!(read(&directory).unwrap().end_of_text, "A", "the first of several");
+    fs::remove_file(directory.join(GENERATION_CONFIG_FILE)).unwrap();
+    assert_eq!(read(&directory).unwrap().end_of_text, BYTE_END_OF_TEXT, "by the model's configuration");
     fs::write(directory.join(TOKENIZER_FILE), "{}").unwrap();
     assert!(matches!(read(&directory), Err(CheckpointError::EndOfText { .. })));
 }

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{
-    CONTEXT_MAX, Init, LAYERS_MAX, TensorSpec, VOCABULARY_MAX, WIDTH_MAX, check_range,
+    CONTEXT_MAX, Init, LAYERS_MAX, TensorSpec, VOCABULARY_MAX, WIDTH_MAX, check_positive, check_range,
     hugging_face::{ConfigError, ConfigReader},
 };
 
@@ -23,6 +23,10 @@ pub struct Gpt2Config {
     pub n_layer: usize,
     /// Attention heads; must divide `n_embd`.
     pub n_head: usize,
+    /// Width of the feed-forward layer where it is not `4 n_embd`.
+    pub n_inner: Option<usize>,
+    /// Whether the output projection is the embedding.
+    pub tie_word_embeddings: bool,
     /// Added to the variance in LayerNorm.
     pub layer_norm_epsilon: f64,
     /// Standard deviation of initial weights; those that write to the residual stream are divided by
@@ -38,6 +42,8 @@ impl Default for Gpt2Config {
             n_embd: 128,
             n_layer: 4,
             n_head: 4,
+            n_inner: None,
+            tie_word_embeddings: true,
             layer_norm_epsilon: 1e-5,
             initializer_range: 0.02,
         }
@@ -50,8 +56,13 @@ impl Gpt2Config {
         self.n_embd / self.n_head
     }
 
+    /// Width of the feed-forward layer.
+    pub fn inner(&self) -> usize {
+        self.n_inner.unwrap_or(4 * self.n_embd)
+    }
+
     pub(super) fn tensors(&self) -> Vec<TensorSpec> {
-        let width = self.n_embd;
+        let (width, inner) = (self.n_embd, self.inner());
         let normal = Init::Normal(self.initializer_range);
         #[allow(clippy::cast_precision_loss)]
         let residual = Init::Normal(self.initializer_range / ((2 * self.n_layer) as f64).sqrt());
@@ -72,13 +83,16 @@ impl Gpt2Config {
             add("attn.c_proj.bias", &[width], Init::Zeros);
             add("ln_2.weight", &[width], Init::Ones);
             add("ln_2.bias", &[width], Init::Zeros);
-            add("mlp.c_fc.weight", &[width, 4 * width], normal);
-            add("mlp.c_fc.bias", &[4 * width], Init::Zeros);
-            add("mlp.c_proj.weight", &[4 * width, width], residual);
+            add("mlp.c_fc.weight", &[width, inner], normal);
+            add("mlp.c_fc.bias", &[inner], Init::Zeros);
+            add("mlp.c_proj.weight", &[inner, width], residual);
             add("mlp.c_proj.bias", &[width], Init::Zeros);
         }
         tensors.push(TensorSpec::new("transformer.ln_f.weight", &[width], Init::Ones));
         tensors.push(TensorSpec::new("transformer.ln_f.bias", &[width], Init::Zeros));
+        if !self.tie_word_embeddings {
+            tensors.push(TensorSpec::new("lm_head.weight", &[self.vocab_size, width], normal));
+        }
         tensors
     }
 
@@ -94,10 +108,10 @@ impl Gpt2Config {
             "layer_norm_epsilon": self.layer_norm_epsilon,
             "n_embd": self.n_embd,
             "n_head": self.n_head,
-            "n_inner": null,
+            "n_inner": self.n_inner,
             "n_layer": self.n_layer,
             "n_positions": self.n_positions,
-            "tie_word_embeddings": true,
+            "tie_word_embeddings": self.tie_word_embeddings,
             // transformers 4 reads torch_dtype, 5 reads dtype.
             "torch_dtype": "float32",
             "dtype": "float32",
@@ -114,15 +128,17 @@ impl Gpt2Config {
         reader.require("scale_attn_weights", &[true.into()])?;
         reader.require("scale_attn_by_inverse_layer_idx", &[false.into()])?;
         reader.require("add_cross_attention", &[false.into()])?;
-        reader.require("tie_word_embeddings", &[true.into()])?;
         let n_embd = reader.size("n_embd", 768)?;
-        reader.require("n_inner", &[n_embd.saturating_mul(4).into()])?;
+        let usual_inner = n_embd.saturating_mul(4);
+        let n_inner = reader.size("n_inner", usual_inner)?;
         Ok(Self {
             vocab_size: reader.size("vocab_size", 50_257)?,
             n_positions: reader.size("n_positions", 1024)?,
             n_embd,
             n_layer: reader.size("n_layer", 12)?,
             n_head: reader.size("n_head", 12)?,
+            n_inner: (n_inner != usual_inner).then_some(n_inner),
+            tie_word_embeddings: reader.flag("tie_word_embeddings", true)?,
             layer_norm_epsilon: reader.number("layer_norm_epsilon", 1e-5)?,
             initializer_range: reader.number("initializer_range", 0.02)?,
         })
@@ -135,16 +151,16 @@ impl Gpt2Config {
         check_range(&mut problems, "n_embd", self.n_embd, WIDTH_MAX);
         check_range(&mut problems, "n_layer", self.n_layer, LAYERS_MAX);
         check_range(&mut problems, "n_head", self.n_head, WIDTH_MAX);
+        if let Some(n_inner) = self.n_inner {
+            check_range(&mut problems, "n_inner", n_inner, 4 * WIDTH_MAX);
+        }
         if problems.is_empty() && !self.n_embd.is_multiple_of(self.n_head) {
             problems.push(("n_head", format!("is {}; must divide n_embd = {}", self.n_head, self.n_embd)));
         }
-        for (key, value) in
-            [("layer_norm_epsilon", self.layer_norm_epsilon), ("initializer_range", self.initializer_range)]
-        {
-            if !(value.is_finite() && value > 0.0) {
-                problems.push((key, format!("is {value}; must be a positive number")));
-            }
-        }
+        check_positive(
+            &mut problems,
+            &[("layer_norm_epsilon", self.layer_norm_epsilon), ("initializer_range", self.initializer_range)],
+        );
         problems
     }
 }

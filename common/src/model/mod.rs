@@ -8,10 +8,16 @@ mod gpt2;
 mod hugging_face;
 mod init;
 mod llama;
+mod mpt;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::{gpt2::Gpt2Config, hugging_face::ConfigError, llama::LlamaConfig};
+pub use self::{
+    gpt2::Gpt2Config,
+    hugging_face::ConfigError,
+    llama::{LlamaConfig, RopeScaling, RopeType},
+    mpt::{MptAttentionConfig, MptConfig},
+};
 use crate::ids::Digest;
 
 /// The model's architecture with its hyper-parameters; keys are those of the Hugging Face `config.json`.
@@ -20,8 +26,10 @@ use crate::ids::Digest;
 pub enum Architecture {
     /// LLaMA: RMSNorm, rotary positions, SwiGLU, grouped-query attention.
     Llama(LlamaConfig),
-    /// GPT-2: LayerNorm, learned positions, GELU, tied embeddings.
+    /// GPT-2: LayerNorm, learned positions, GELU.
     Gpt2(Gpt2Config),
+    /// MPT: LayerNorm without bias, ALiBi, GELU.
+    Mpt(MptConfig),
 }
 
 /// How a tensor begins.
@@ -105,11 +113,12 @@ impl Manifest {
 
 /// What every architecture tells, whatever its layers are.
 impl Architecture {
-    /// "llama" or "gpt2": the name in specifications, and Hugging Face's `model_type`.
+    /// "llama", "gpt2" or "mpt": the name in specifications, and Hugging Face's `model_type`.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Llama(_) => "llama",
             Self::Gpt2(_) => "gpt2",
+            Self::Mpt(_) => "mpt",
         }
     }
 
@@ -118,6 +127,7 @@ impl Architecture {
         let tensors = match self {
             Self::Llama(config) => config.tensors(),
             Self::Gpt2(config) => config.tensors(),
+            Self::Mpt(config) => config.tensors(),
         };
         Manifest { tensors }
     }
@@ -127,6 +137,7 @@ impl Architecture {
         match self {
             Self::Llama(config) => config.hugging_face_config(),
             Self::Gpt2(config) => config.hugging_face_config(),
+            Self::Mpt(config) => config.hugging_face_config(),
         }
     }
 
@@ -135,6 +146,7 @@ impl Architecture {
         match self {
             Self::Llama(config) => config.vocab_size,
             Self::Gpt2(config) => config.vocab_size,
+            Self::Mpt(config) => config.vocab_size,
         }
     }
 
@@ -143,6 +155,16 @@ impl Architecture {
         match self {
             Self::Llama(config) => config.max_position_embeddings,
             Self::Gpt2(config) => config.n_positions,
+            Self::Mpt(config) => config.max_seq_len,
+        }
+    }
+
+    /// The hyper-parameter that is the context length: its key.
+    pub fn context_key(&self) -> &'static str {
+        match self {
+            Self::Llama(_) => "max_position_embeddings",
+            Self::Gpt2(_) => "n_positions",
+            Self::Mpt(_) => "max_seq_len",
         }
     }
 
@@ -151,6 +173,7 @@ impl Architecture {
         match self {
             Self::Llama(config) => config.problems(),
             Self::Gpt2(config) => config.problems(),
+            Self::Mpt(config) => config.problems(),
         }
     }
 }
@@ -160,6 +183,12 @@ fn check_range(problems: &mut Vec<(&'static str, String)>, key: &'static str, va
     if value == 0 || value > maximum {
         problems.push((key, format!("is {value}; allowed: 1 to {maximum}")));
     }
+}
+
+/// The same for numbers that must be above 0.
+fn check_positive(problems: &mut Vec<(&'static str, String)>, values: &[(&'static str, f64)]) {
+    let wrong = values.iter().filter(|(_, value)| !(value.is_finite() && *value > 0.0));
+    problems.extend(wrong.map(|(key, value)| (*key, format!("is {value}; must be a positive number"))));
 }
 
 /// Bounds on hyper-parameters: far above any model that is trained this way, far below what would

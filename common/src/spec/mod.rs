@@ -107,6 +107,9 @@ pub struct TrainingSpec {
     pub micro_batch_size: u32,
     /// Tokens that a sequence predicts.
     pub sequence_length: u32,
+    /// Whether attention stays within documents, of which a sequence may hold several (Llama 3, arXiv
+    /// 2407.21783, section 3.2). An end-of-text token opens the document that follows it.
+    pub document_mask: bool,
     /// Gradients are scaled down to this L2 norm; 0: never.
     pub gradient_clip: f64,
     /// What becomes of the local optimizer's moments between rounds.
@@ -124,6 +127,7 @@ impl Default for TrainingSpec {
             batch_size: 16,
             micro_batch_size: 0,
             sequence_length: 128,
+            document_mask: false,
             gradient_clip: 1.0,
             optimizer_state: OptimizerState::default(),
             optimizer: OptimizerSpec::default(),

@@ -16,7 +16,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        model::{Architecture, Gpt2Config, LlamaConfig},
+        model::{Architecture, Gpt2Config, LlamaConfig, MptAttentionConfig, MptConfig, RopeScaling},
         schedule::Schedule,
         spec::{AdaptiveDeadline, OuterOptimizer, OuterSpec, StartSpec, TokenizerSpec, TrainingSpec},
     };
@@ -83,8 +83,20 @@ mod tests {
             spec
         };
         vec![
-            with(&|spec| spec.model = Architecture::Llama(LlamaConfig::default())),
-            with(&|spec| spec.model = Architecture::Gpt2(Gpt2Config::default())),
+            with(&|spec| {
+                spec.model = Architecture::Llama(LlamaConfig {
+                    head_dim: Some(32),
+                    rope_scaling: Some(RopeScaling::default()),
+                    ..LlamaConfig::default()
+                });
+            }),
+            with(&|spec| {
+                spec.model = Architecture::Gpt2(Gpt2Config { n_inner: Some(512), ..Gpt2Config::default() });
+            }),
+            with(&|spec| {
+                let attn_config = MptAttentionConfig { clip_qkv: Some(8.0), softmax_scale: Some(0.125) };
+                spec.model = Architecture::Mpt(MptConfig { attn_config, ..MptConfig::default() });
+            }),
             with(&|spec| spec.tokenizer = TokenizerSpec::Byte {}),
             with(&|spec| spec.tokenizer = TokenizerSpec::File { path: "p".into(), end_of_text: "e".into() }),
             with(&|spec| spec.start = Some(StartSpec { checkpoint: "c".into() })),
@@ -143,8 +155,7 @@ mod tests {
         let mut listed = BTreeSet::new();
         for section in sections() {
             for (text, _) in &section.settings {
-                let key = text.split(" = ").next().unwrap();
-                listed.insert(format!("{}.{key}", section.name).trim_start_matches('.').to_owned());
+                keys(&toml::Value::Table(text.parse().unwrap()), &section.name, &mut listed);
             }
         }
         assert_eq!(listed, known);
@@ -173,6 +184,6 @@ mod tests {
                 tried += 1;
             }
         }
-        assert_eq!(tried, 9, "alternatives in the reference");
+        assert_eq!(tried, 12, "alternatives in the reference");
     }
 }

@@ -142,12 +142,9 @@ fn training(rules: &mut Rules<'_>, training: &TrainingSpec, model: &Architecture
         format!("is {micro_batch_size}; allowed: 0, or what divides training.batch_size = {batch_size}")
     });
     let context_length = model.context_length();
-    let context_path = match model {
-        Architecture::Llama(_) => "model.max_position_embeddings",
-        Architecture::Gpt2(_) => "model.n_positions",
-    };
+    let context_path = format!("model.{}", model.context_key());
     let fits = sequence_length > 0 && sequence_length as usize <= context_length;
-    rules.check(&["training.sequence_length", context_path], fits, || {
+    rules.check(&["training.sequence_length", &context_path], fits, || {
         format!("is {sequence_length}; allowed: 1 to the model's context length, {context_length}")
     });
     rules.number(

@@ -128,6 +128,7 @@ fn explain(root: &Table, failure: &Failure) -> Fault {
         Complaint::UnknownKey { key, known } => {
             // The path ends with the key itself or with its table, depending on where serde was.
             if path.last().is_none_or(|last| last != key) || value_at(root, &path).is_none() {
+                path.extend(table_with(root, &path, key));
                 path.push(key.to_owned());
             }
             let known: Vec<&str> = known.into_iter().filter(|name| !TAGS.contains(name)).collect();
@@ -145,8 +146,10 @@ fn explain(root: &Table, failure: &Failure) -> Fault {
         }
         complaint => {
             // Inside a table whose variant a key chooses, serde knows the table only.
-            if let Some(Value::Table(table)) = value_at(root, &path) {
-                path.extend(guilty_key(root, &path, table, failure));
+            while let Some(Value::Table(table)) = value_at(root, &path)
+                && let Some(key) = guilty_key(root, &path, table, failure)
+            {
+                path.push(key);
             }
             let found = value_at(root, &path).map_or_else(|| "absent".to_owned(), show);
             let message = match complaint {
@@ -156,6 +159,16 @@ fn explain(root: &Table, failure: &Failure) -> Fault {
             Fault { path, message, unknown: false }
         }
     }
+}
+
+/// The name of the table inside the one at `path` that has `key`, if that one has it not: inside a table
+/// whose variant a key chooses, serde knows the table only.
+fn table_with(root: &Table, path: &[String], key: &str) -> Option<String> {
+    let Some(Value::Table(table)) = value_at(root, path) else { return None };
+    if table.contains_key(key) {
+        return None;
+    }
+    table.iter().find(|(_, inner)| inner.get(key).is_some()).map(|(name, _)| name.clone())
 }
 
 /// The key of `table` without which serde says something else; the one that chooses the variant, without

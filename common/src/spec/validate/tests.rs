@@ -145,7 +145,7 @@ fn unknown_variants_list_the_known() {
     check("training.optimizer.kind = \"adam\"", &[r#"training.optimizer.kind is "adam"; allowed: "adamw""#]);
     assert_eq!(
         problems("name = \"a\"\nrounds = 1\nmodel = { architecture = \"mamba\", d_state = 3 }"),
-        [r#"model.architecture is "mamba"; allowed: "llama", "gpt2""#]
+        [r#"model.architecture is "mamba"; allowed: "llama", "gpt2", "mpt""#]
     );
     check(
         "training.optimizer_state = \"forget\"",
@@ -458,4 +458,25 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn tables_inside_the_model_are_checked_key_by_key() {
+    check(
+        "model.rope_scaling = { factor = 0, low_freq_factor = 1.0, high_freq_factor = 1.0, facter = 1 }",
+        &[
+            "model.rope_scaling.facter is not a known key; did you mean `factor`?",
+            "model.rope_scaling.factor is 0; must be a positive number",
+            "model.rope_scaling.high_freq_factor is 1; must be above rope_scaling.low_freq_factor = 1",
+        ],
+    );
+    check(
+        "model.rope_scaling.rope_type = \"yarn\"",
+        &[r#"model.rope_scaling.rope_type is "yarn"; allowed: "llama3""#],
+    );
+    check("model.rope_scaling = 8", &["model.rope_scaling is 8; allowed: a table"]);
+    check(
+        "model.head_dim = 33",
+        &["model.head_dim gives heads of width 33; rotary positions need an even width"],
+    );
 }
