@@ -41,7 +41,8 @@ def compare(checkpoint, text, ours):
 
 
 folder, text = pathlib.Path(sys.argv[1]), sys.argv[2]
-compared = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+# What training leaves beside its checkpoint is none.
+compared = [path for path in sorted(folder.iterdir()) if (path / "config.json").exists()]
 assert compared, f"no checkpoints in {folder}"
 for checkpoint in compared:
     compare(checkpoint, text, json.loads(checkpoint.with_suffix(".json").read_text()))
