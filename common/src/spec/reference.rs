@@ -18,7 +18,10 @@ mod tests {
     use crate::{
         model::{Architecture, Gpt2Config, LlamaConfig, MptAttentionConfig, MptConfig, RopeScaling},
         schedule::Schedule,
-        spec::{OptimizerSpec, OuterOptimizer, OuterSpec, StartSpec, TokenizerSpec, TrainingSpec},
+        spec::{
+            AdaptiveDeadline, OptimizerSpec, OuterOptimizer, OuterSpec, StartSpec, TokenizerSpec,
+            TrainingSpec,
+        },
     };
 
     /// A section as the reference writes it: active, or commented out as an alternative.
@@ -153,6 +156,7 @@ mod tests {
             }),
             with(&|spec| spec.outer.optimizer = OuterOptimizer::FedAvg {}),
             with(&|spec| spec.outer.optimizer = OuterOptimizer::default()),
+            with(&|spec| spec.participation.adaptive_deadline = Some(AdaptiveDeadline::default())),
         ]
     }
 
@@ -202,6 +206,6 @@ mod tests {
                 tried += 1;
             }
         }
-        assert_eq!(tried, 13, "alternatives in the reference");
+        assert_eq!(tried, 14, "alternatives in the reference");
     }
 }
