@@ -28,7 +28,7 @@ use parquet::{
 };
 
 /// Rows taken from a page at a time.
-const ROWS_AHEAD: usize = 256;
+const ROWS_AHEAD: usize = 32;
 /// Column names listed where the one that is wanted is missing.
 const COLUMNS_LISTED_MAX: usize = 16;
 /// Read from disk at a time where the length is not known.

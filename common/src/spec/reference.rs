@@ -18,7 +18,7 @@ mod tests {
     use crate::{
         model::{Architecture, Gpt2Config, LlamaConfig, MptAttentionConfig, MptConfig, RopeScaling},
         schedule::Schedule,
-        spec::{OuterOptimizer, OuterSpec, StartSpec, TokenizerSpec, TrainingSpec},
+        spec::{AdaptiveDeadline, OuterOptimizer, OuterSpec, StartSpec, TokenizerSpec, TrainingSpec},
     };
 
     /// A section as the reference writes it: active, or commented out as an alternative.
@@ -134,6 +134,7 @@ mod tests {
             }),
             with(&|spec| spec.outer.optimizer = OuterOptimizer::FedAvg {}),
             with(&|spec| spec.outer.optimizer = OuterOptimizer::default()),
+            with(&|spec| spec.participation.adaptive_deadline = Some(AdaptiveDeadline::default())),
         ]
     }
 
@@ -183,6 +184,6 @@ mod tests {
                 tried += 1;
             }
         }
-        assert_eq!(tried, 11, "alternatives in the reference");
+        assert_eq!(tried, 12, "alternatives in the reference");
     }
 }
