@@ -28,7 +28,9 @@ fn main() {
 
 /// Compiles the shim with the flags that torch-sys uses: both share libtorch's C++ types.
 fn compile_shim(lib_dir: &Path) {
-    println!("cargo::rerun-if-changed=src/trainer/shim.cpp");
+    for file in ["guarded.h", "kernels.cpp", "shim.cpp"] {
+        println!("cargo::rerun-if-changed=src/trainer/{file}");
+    }
     println!("cargo::rerun-if-env-changed=LIBTORCH_INCLUDE");
     println!("cargo::rerun-if-env-changed=LIBTORCH_CXX11_ABI");
     let home = env::var_os("LIBTORCH_INCLUDE").map_or_else(|| lib_dir.join(".."), PathBuf::from);
@@ -42,7 +44,7 @@ fn compile_shim(lib_dir: &Path) {
         .flag("-isystem")
         .flag(home.join("include/torch/csrc/api/include"))
         .define("_GLIBCXX_USE_CXX11_ABI", cxx11_abi.as_str())
-        .file("src/trainer/shim.cpp")
+        .files(["src/trainer/shim.cpp", "src/trainer/kernels.cpp"])
         .compile("consort_shim");
 }
 

@@ -130,6 +130,8 @@ pub struct Device {
     pub kind: DeviceChoice,
     /// CPU threads for training; 0: all cores.
     pub threads: u32,
+    /// Whether a GPU gives the same bits each time.
+    pub deterministic: bool,
 }
 
 /// Local training, as far as it is the site's business.

@@ -21,7 +21,7 @@ use crate::{
     session::{Member, keep, leave},
     state::{StateDirectory, StateError},
     supervisor::supervise,
-    trainer::{Device, DeviceError, Worker, WorkerError, describe},
+    trainer::{Device, DeviceError, Worker, WorkerError, be_deterministic, describe},
     transfer::Transfers,
     work::{Work, WorkError},
 };
@@ -97,6 +97,9 @@ pub async fn run(config: &Config, stop: CancellationToken) -> Result<(), DaemonE
     let state = StateDirectory::open(&config.state_directory)?;
     let worker = Worker::spawn(config.device.threads as usize).map_err(DaemonError::Thread)?;
     let device = config.device.kind.open()?;
+    if config.device.deterministic {
+        be_deterministic(device)?;
+    }
     // On the worker's thread, whose number of threads is the one that counts.
     let description = worker.run(move |_| describe(device)).await?;
     info!(

@@ -13,6 +13,7 @@ pub mod machine;
 pub mod phases;
 pub mod process;
 pub mod proxy;
+pub mod python;
 pub mod raw;
 pub mod texts;
 

@@ -4,12 +4,7 @@
 //! The only tests that need Python packages (600 MB, kept in `.cache/venv`). Where they cannot be had they
 //! say so and pass.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::{Path, PathBuf},
-    process::{Command, Stdio},
-};
+use std::{collections::BTreeMap, fs, path::Path, process::Command};
 
 use consort_common::{
     checkpoint,
@@ -19,7 +14,7 @@ use consort_common::{
     },
     tokenizer::{BYTE_END_OF_TEXT, BYTE_END_OF_TEXT_ID, byte_tokenizer_json},
 };
-use consort_tests::{binaries, texts};
+use consort_tests::{binaries, python, texts};
 use proptest::{
     prelude::*,
     strategy::ValueTree,
@@ -27,9 +22,6 @@ use proptest::{
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-
-/// What `environment.py` exits with where packages cannot be had.
-const CANNOT_BE_HAD: i32 = 77;
 
 /// Letters of one to four bytes, a combining one, a blank at both ends, a line's end.
 const TEXT: &str = " Zürich, naïve e\u{301}tude: 東京 €5 🦀\n\tthe round ends ";
@@ -79,29 +71,6 @@ max_seq_len = 128"#,
     ),
 ];
 
-/// The Python of an environment with `transformers`; none where it cannot be had, after saying so.
-fn python() -> Option<PathBuf> {
-    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let output = Command::new("python3")
-        .arg(tests.join("interop/environment.py"))
-        .arg(tests.parent().expect("the workspace holds this package").join(".cache/venv"))
-        .stderr(Stdio::inherit())
-        .output();
-    let output = match output {
-        Ok(output) => output,
-        Err(error) => {
-            eprintln!("SKIPPED: python3 cannot be run: {error}");
-            return None;
-        }
-    };
-    if output.status.code() == Some(CANNOT_BE_HAD) {
-        eprintln!("SKIPPED: no Python environment with transformers (the reason is above)");
-        return None;
-    }
-    assert!(output.status.success(), "the Python environment cannot be made");
-    Some(PathBuf::from(String::from_utf8(output.stdout).expect("a path is text").trim()))
-}
-
 /// What a command prints; it must succeed.
 #[track_caller]
 fn printed(command: &mut Command) -> Vec<u8> {
@@ -139,7 +108,7 @@ fn run_script(python: &Path, script: &str, arguments: &[&std::ffi::OsStr]) {
 
 #[test]
 fn the_exported_checkpoint_loads_in_transformers_with_the_same_logits() {
-    let Some(python) = python() else { return };
+    let Some(python) = python::environment() else { return };
     let folder = tempfile::tempdir().expect("a temporary directory can be made");
     let path = |name: &str| folder.path().join(name);
     texts::write(&path("data"), 1, 50);
@@ -270,7 +239,7 @@ fn logits(json: &[u8]) -> Vec<Vec<f64>> {
 
 #[test]
 fn models_of_any_configuration_go_to_transformers_and_back_with_the_same_logits() {
-    let Some(python) = python() else { return };
+    let Some(python) = python::environment() else { return };
     let folder = tempfile::tempdir().expect("a temporary directory can be made");
     let mut runner =
         TestRunner::new_with_rng(ProptestConfig::default(), TestRng::deterministic_rng(RngAlgorithm::ChaCha));

@@ -2,6 +2,7 @@
 //! more than call one function.
 
 mod bar;
+mod bench;
 mod data;
 mod evaluate;
 mod generate;
@@ -69,6 +70,8 @@ enum Command {
     Evaluate(evaluate::EvaluateArguments),
     /// Let a checkpoint continue a text
     Generate(generate::GenerateArguments),
+    /// Measure what this machine makes of a run's training step: tokens per second, and where the time goes
+    Bench(bench::BenchArguments),
     /// Print the logits of a checkpoint as JSON, to compare it with another implementation
     Logits(logits::LogitsArguments),
     /// Prepare text in advance, print what it consists of, check it
@@ -88,7 +91,12 @@ impl Command {
     fn computes(&self) -> bool {
         matches!(
             self,
-            Self::Run(_) | Self::Train(_) | Self::Evaluate(_) | Self::Generate(_) | Self::Logits(_)
+            Self::Run(_)
+                | Self::Train(_)
+                | Self::Evaluate(_)
+                | Self::Generate(_)
+                | Self::Bench(_)
+                | Self::Logits(_)
         )
     }
 }
@@ -134,6 +142,7 @@ pub fn main() -> ExitCode {
         Command::Train(arguments) => tool(log_format, || arguments.run()),
         Command::Evaluate(arguments) => tool(log_format, || arguments.run()),
         Command::Generate(arguments) => tool(log_format, || arguments.run()),
+        Command::Bench(arguments) => tool(log_format, || arguments.run()),
         Command::Logits(arguments) => tool(log_format, || arguments.run()),
         Command::Data(command) => tool(log_format, || command.run()),
         Command::Tokenizer(command) => tool(log_format, || command.run()),

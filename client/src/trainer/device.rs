@@ -46,6 +46,9 @@ pub enum DeviceError {
         /// Devices that libtorch sees.
         count: usize,
     },
+    /// libtorch refused.
+    #[error(transparent)]
+    Libtorch(#[from] ShimError),
 }
 
 impl FromStr for DeviceChoice {
@@ -118,18 +121,25 @@ pub fn set_threads(threads: usize) {
 
 /// Lets the CPU's threads sleep while they wait for each other, by starting this program anew with
 /// `OMP_WAIT_POLICY=passive`: libgomp reads the variable only when it is loaded. To be called first in `main`.
-/// Returns where the variable is set already, to whatever, or the system refuses.
+/// Returns where the variable is set already, to whatever, or the system refuses. Also sets what cuBLAS wants to be
+/// deterministic, for [`be_deterministic`]: it costs 8 times 4 MiB of a GPU's memory.
 ///
 /// By default they spin, which is no faster, and ruinous when others want the cores: two trainers with 2
 /// threads each on 2 cores made 600 tokens/s each spinning, and 9,600 sleeping.
 pub fn wait_passively() {
     const POLICY: &str = "OMP_WAIT_POLICY";
+    const CUBLAS_WORKSPACE: &str = "CUBLAS_WORKSPACE_CONFIG";
     if std::env::var_os(POLICY).is_some() {
         return;
     }
     let mut arguments = std::env::args_os();
     let (Ok(program), Some(name)) = (std::env::current_exe(), arguments.next()) else { return };
-    let error = Command::new(program).arg0(name).args(arguments).env(POLICY, "passive").exec();
+    let error = Command::new(program)
+        .arg0(name)
+        .args(arguments)
+        .env(POLICY, "passive")
+        .env(CUBLAS_WORKSPACE, ":4096:8")
+        .exec();
     tracing::warn!("the CPU's threads will spin while they wait: cannot start anew with {POLICY}: {error}");
 }
 
@@ -155,6 +165,52 @@ fn gpu_model() -> Option<String> {
     }
     let model = models.pop_first()?;
     models.is_empty().then_some(model)
+}
+
+/// What the device can do at best, in floating-point operations per second, by the maker's data sheets (dense, at
+/// boost clock): in bf16 with sums in fp32, else in fp32 without tensor cores. `None` for a CPU, and for GPUs
+/// that are not known here.
+pub fn peak_flops(device: Device, bf16: bool) -> Option<f64> {
+    // By a part of the driver's name, the first that fits; in 10^12 for bf16 and fp32.
+    const PEAKS: [(&str, f64, f64); 7] = [
+        ("H100 PCIe", 756.0, 51.0),
+        ("H100", 989.0, 67.0),
+        ("H200", 989.0, 67.0),
+        ("B200", 2250.0, 80.0),
+        ("A100", 312.0, 19.5),
+        ("L40S", 362.0, 91.6),
+        ("RTX 4090", 165.2, 82.6),
+    ];
+    let model = device.is_cuda().then(gpu_model).flatten()?;
+    let (_, peak_bf16, peak_fp32) = PEAKS.iter().find(|(name, ..)| model.contains(name))?;
+    Some(1e12 * if bf16 { peak_bf16 } else { peak_fp32 })
+}
+
+/// Gives memory back that the device's allocator keeps for later, so that pieces of it become whole again.
+pub(super) fn release_unused(device: Device) {
+    if device.is_cuda() {
+        // What cannot be given back stays.
+        let _ = shim::release_cuda_cache();
+    }
+}
+
+/// From now on, computes the same bits from the same numbers, which a CPU does in any case: a GPU then takes
+/// slower kernels for attention and for the gradient of the embedding. Holds for the whole process.
+///
+/// # Errors
+/// libtorch refused.
+pub fn be_deterministic(device: Device) -> Result<(), DeviceError> {
+    if device.is_cuda() {
+        shim::set_deterministic()?;
+    }
+    Ok(())
+}
+
+/// Waits until the device has done all that it was given.
+pub(super) fn synchronize(device: Device) {
+    if let Device::Cuda(index) = device {
+        Cuda::synchronize(index as i64);
+    }
 }
 
 /// A device's memory, in bytes.

@@ -1,6 +1,6 @@
 //! Loss on held-out windows.
 
-use tch::{Kind, Reduction};
+use tch::Kind;
 
 use super::{
     LanguageModel, Trainer,
@@ -63,7 +63,7 @@ impl LanguageModel {
             self.check_window(length.saturating_sub(1))?;
             self.check_vocabulary(&rows_of_tokens)?;
             let loss = upload(&rows_of_tokens, &[rows as i64, length as i64], self.device)
-                .and_then(|tokens| self.loss(&tokens, Reduction::Sum));
+                .and_then(|tokens| self.loss(&tokens, 1.0));
             let _ = loss.and_then(|loss| loss_sum.f_add_(&loss)).doing("computing the held-out loss")?;
             tokens += (rows * (length - 1)) as u64;
         }
@@ -83,6 +83,6 @@ impl Trainer {
         windows: impl IntoIterator<Item = Vec<i64>>,
         cancelled: &dyn Fn() -> bool,
     ) -> Result<EvaluationSum, TrainerError> {
-        self.model.evaluate(windows, self.micro_batch, cancelled)
+        self.model.evaluate(windows, self.micro_batch.sequences, cancelled)
     }
 }

@@ -4,13 +4,13 @@ use std::ops::ControlFlow;
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use tch::Tensor;
 
 use super::{
     LanguageModel,
     attention::{Attention, Cache},
     device::upload,
     error::{Doing, TrainerError},
+    kernels,
 };
 
 /// How the next token is drawn.
@@ -70,7 +70,7 @@ impl LanguageModel {
             .and_then(|tokens| {
                 let mut attention = Attention::following(cache, new, self.device)?;
                 let last = self.model.hidden(&tokens, &mut attention)?.f_narrow(1, new - 1, 1)?;
-                last.f_linear(self.model.output(), None::<&Tensor>)
+                kernels::linear(&last, self.model.output(), None)
             })
             .doing("computing logits")?;
         self.read_logits(&logits, 1)

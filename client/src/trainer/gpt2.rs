@@ -7,6 +7,7 @@ use tch::{Device, Kind, TchError, Tensor};
 use super::{
     attention::Attention,
     error::{Doing, TrainerError},
+    kernels,
     parameters::Parameters,
 };
 
@@ -22,7 +23,7 @@ pub(super) struct Gpt2 {
     indices: Tensor,
     blocks: Vec<Block>,
     norm: Norm,
-    /// `[vocabulary, width]`; the embedding itself when tied.
+    /// `[vocabulary, width]`; the same parameters as the embedding when tied.
     output: Tensor,
 }
 
@@ -61,8 +62,8 @@ impl Gpt2 {
         };
         let projection = |name: &str| {
             Ok::<_, TrainerError>(Projection {
-                weight: leaf(format!("transformer.{name}.weight"))?,
-                bias: leaf(format!("transformer.{name}.bias"))?,
+                weight: parameters.factor(&[&format!("transformer.{name}.weight")])?,
+                bias: parameters.factor(&[&format!("transformer.{name}.bias")])?,
             })
         };
         let block = |layer| {
@@ -77,11 +78,7 @@ impl Gpt2 {
         };
         let context = config.n_positions as i64;
         let embedding = parameters.leaf("transformer.wte.weight")?;
-        let output = if config.tie_word_embeddings {
-            embedding.shallow_clone()
-        } else {
-            parameters.leaf("lm_head.weight")?
-        };
+        let output = if config.tie_word_embeddings { "transformer.wte.weight" } else { "lm_head.weight" };
         Ok(Self {
             heads: config.n_head as i64,
             head: config.head_dim() as i64,
@@ -91,15 +88,15 @@ impl Gpt2 {
             indices: Tensor::f_arange(context, (Kind::Int64, device)).doing("counting the positions")?,
             blocks: (0..config.n_layer).map(block).collect::<Result<_, TrainerError>>()?,
             norm: norm("ln_f")?,
-            output,
+            output: parameters.factor(&[output])?,
         })
     }
 
     /// Tokens `[batch, time]` to what the output projection takes, `[batch, time, width]`.
     pub(super) fn hidden(&self, tokens: &Tensor, attention: &mut Attention) -> Result<Tensor, TchError> {
         let positions = self.indices.f_narrow(0, attention.past(), tokens.size2()?.1)?;
-        let positions = Tensor::f_embedding(&self.positions, &positions, -1, false, false)?;
-        let mut x = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?.f_add(&positions)?;
+        let positions = kernels::embedding(&self.positions, &positions)?;
+        let mut x = kernels::embedding(&self.embedding, tokens)?.f_add(&positions)?;
         for (number, block) in self.blocks.iter().enumerate() {
             let normed = block.attention_norm.apply(&x, self.epsilon)?;
             x = x.f_add(&self.attention(number, block, &normed, attention)?)?;
@@ -143,6 +140,6 @@ impl Norm {
 
 impl Projection {
     fn apply(&self, x: &Tensor) -> Result<Tensor, TchError> {
-        x.f_linear(&self.weight.f_transpose(0, 1)?, Some(&self.bias))
+        kernels::linear_input_first(x, &self.weight, &self.bias)
     }
 }

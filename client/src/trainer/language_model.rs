@@ -2,7 +2,7 @@
 //! text ([`generate`](super::generate)). A trainer holds one beside its optimizer.
 
 use consort_common::model::Architecture;
-use tch::{Device, Reduction, TchError, Tensor};
+use tch::{Device, TchError, Tensor};
 
 use super::{
     Model,
@@ -10,6 +10,7 @@ use super::{
     checked_manifest,
     device::upload,
     error::{Doing, TrainerError},
+    kernels,
     parameters::Parameters,
 };
 
@@ -80,20 +81,29 @@ impl LanguageModel {
         Self { document_end: Some(end_of_text.into()), ..self }
     }
 
-    /// Cross-entropy in nats of each token of `[batch, time + 1]` but the first, given those before it (in
-    /// its document, if these are kept apart): the mean or the sum over batch and time, as a scalar.
-    pub(super) fn loss(&self, tokens: &Tensor, reduction: Reduction) -> Result<Tensor, TchError> {
+    /// `scale` times the sum of the cross-entropies, in nats, of all tokens of `[batch, time + 1]` but the first,
+    /// each given those before it (in its document, if these are kept apart), as a scalar. To be propagated back as
+    /// it is, if at all: see [`kernels::head_loss`].
+    pub(super) fn loss(&self, tokens: &Tensor, scale: f64) -> Result<Tensor, TchError> {
+        self.head_loss(&self.hidden(tokens)?, tokens, scale)
+    }
+
+    /// What the output projection takes, of all tokens of `[batch, time + 1]` but the last.
+    pub(super) fn hidden(&self, tokens: &Tensor) -> Result<Tensor, TchError> {
         let (_, length) = tokens.size2()?;
         let inputs = tokens.f_narrow(1, 0, length - 1)?;
         let mut attention = match self.document_end {
             Some(end_of_text) => Attention::within_documents(&inputs, end_of_text)?,
             None => Attention::causal(),
         };
-        let hidden = self.model.hidden(&inputs, &mut attention)?.f_flatten(0, 1)?;
-        let logits = hidden.f_linear(self.model.output(), None::<&Tensor>)?;
+        self.model.hidden(&inputs, &mut attention)
+    }
+
+    /// The loss that follows from it.
+    pub(super) fn head_loss(&self, hidden: &Tensor, tokens: &Tensor, scale: f64) -> Result<Tensor, TchError> {
+        let (_, length) = tokens.size2()?;
         let targets = tokens.f_narrow(1, 1, length - 1)?.f_reshape([-1])?;
-        const IGNORED: i64 = -100; // as everywhere; no token is negative
-        logits.f_cross_entropy_loss(&targets, None::<&Tensor>, reduction, IGNORED, 0.0)
+        kernels::head_loss(hidden, self.model.output(), &targets, scale)
     }
 
     /// The logits `[tokens, vocabulary]`, row by row, that follow each of `tokens`.
@@ -106,7 +116,7 @@ impl LanguageModel {
         self.check_vocabulary(tokens)?;
         let logits = upload(tokens, &[1, tokens.len() as i64], self.device)
             .and_then(|tokens| self.model.hidden(&tokens, &mut Attention::causal()))
-            .and_then(|hidden| hidden.f_linear(self.model.output(), None::<&Tensor>))
+            .and_then(|hidden| kernels::linear(&hidden, self.model.output(), None))
             .doing("computing logits")?;
         self.read_logits(&logits, tokens.len())
     }

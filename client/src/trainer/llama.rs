@@ -8,6 +8,7 @@ use tch::{Device, TchError, Tensor};
 use super::{
     attention::Attention,
     error::{Doing, TrainerError},
+    kernels,
     parameters::Parameters,
 };
 
@@ -22,7 +23,7 @@ pub(super) struct Llama {
     rotary: Rotary,
     blocks: Vec<Block>,
     norm: Tensor,
-    /// `[vocabulary, width]`; the embedding itself when tied.
+    /// `[vocabulary, width]`; the same parameters as the embedding when tied.
     output: Tensor,
 }
 
@@ -56,7 +57,7 @@ impl Llama {
                 let joined = |kind: &str| {
                     let names: Vec<String> =
                         parts.iter().map(|part| format!("model.layers.{layer}.{part}.{kind}")).collect();
-                    parameters.joined(&names.iter().map(String::as_str).collect::<Vec<_>>())
+                    parameters.factor(&names.iter().map(String::as_str).collect::<Vec<_>>())
                 };
                 let bias = has_bias.then(|| joined("bias")).transpose()?;
                 Ok::<_, TrainerError>(Projection { weight: joined("weight")?, bias })
@@ -71,11 +72,7 @@ impl Llama {
                 down: projection(&["mlp.down_proj"], config.mlp_bias)?,
             })
         };
-        let output = if config.tie_word_embeddings {
-            embedding.shallow_clone()
-        } else {
-            parameters.leaf("lm_head.weight")?
-        };
+        let output = if config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
         Ok(Self {
             queries: config.num_attention_heads as i64,
             keys: config.num_key_value_heads as i64,
@@ -85,13 +82,13 @@ impl Llama {
             rotary: Rotary::new(config, device).doing("computing the rotary positions")?,
             blocks: (0..config.num_hidden_layers).map(block).collect::<Result<_, TrainerError>>()?,
             norm: parameters.leaf("model.norm.weight")?,
-            output,
+            output: parameters.factor(&[output])?,
         })
     }
 
     /// Tokens `[batch, time]` to what the output projection takes, `[batch, time, width]`.
     pub(super) fn hidden(&self, tokens: &Tensor, attention: &mut Attention) -> Result<Tensor, TchError> {
-        let mut x = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?;
+        let mut x = kernels::embedding(&self.embedding, tokens)?;
         for (number, block) in self.blocks.iter().enumerate() {
             let normed = self.rms_norm(&x, &block.attention_norm)?;
             x = x.f_add(&self.attention(number, block, &normed, attention)?)?;
@@ -139,7 +136,7 @@ impl Llama {
 
 impl Projection {
     fn apply(&self, x: &Tensor) -> Result<Tensor, TchError> {
-        x.f_linear(&self.weight, self.bias.as_ref())
+        kernels::linear(x, &self.weight, self.bias.as_ref())
     }
 }
 
@@ -186,7 +183,7 @@ impl Rotary {
     fn turn(&self, x: &Tensor, first: i64) -> Result<Tensor, TchError> {
         let (_, time, _, _) = x.size4()?;
         let swapped = x.f_roll([self.half], [-1])?;
-        x.f_mul(&self.cosines.f_narrow(0, first, time)?)?
-            .f_addcmul(&swapped, &self.sines.f_narrow(0, first, time)?)
+        let turned = x.f_mul(&self.cosines.f_narrow(0, first, time)?)?;
+        turned.f_addcmul(&swapped, &self.sines.f_narrow(0, first, time)?)?.f_to_kind(x.kind())
     }
 }

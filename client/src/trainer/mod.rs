@@ -13,11 +13,15 @@ mod error;
 mod evaluate;
 mod generate;
 mod gpt2;
+mod kernels;
 mod language_model;
 mod llama;
+mod micro_batch;
 mod mpt;
 mod optimizer;
 mod parameters;
+#[cfg(test)]
+mod parity;
 mod shim;
 mod step;
 #[cfg(test)]
@@ -29,13 +33,16 @@ use tch::{Kind, TchError, Tensor};
 
 use self::{attention::Attention, gpt2::Gpt2, llama::Llama, mpt::Mpt, parameters::Parameters};
 pub use self::{
-    device::{Device, DeviceChoice, DeviceError, Memory, describe, memory, set_threads, wait_passively},
+    device::{
+        Device, DeviceChoice, DeviceError, Memory, be_deterministic, describe, memory, peak_flops,
+        set_threads, wait_passively,
+    },
     error::TrainerError,
     evaluate::EvaluationSum,
     generate::Sampling,
     language_model::LanguageModel,
     optimizer::Moments,
-    step::{StepOutcome, StepResult, Trainer, memory_bytes_needed},
+    step::{Phases, StepOutcome, StepResult, Trainer, memory_bytes_needed},
     worker::{Worker, WorkerError},
 };
 

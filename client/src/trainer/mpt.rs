@@ -9,6 +9,7 @@ use tch::{Device, Kind, TchError, Tensor};
 use super::{
     attention::{Attention, blocked},
     error::{Doing, TrainerError},
+    kernels,
     parameters::Parameters,
 };
 
@@ -25,7 +26,7 @@ pub(super) struct Mpt {
     alibi: Alibi,
     blocks: Vec<Block>,
     norm: Tensor,
-    /// `[vocabulary, width]`; the embedding itself when tied.
+    /// `[vocabulary, width]`; the same parameters as the embedding when tied.
     output: Tensor,
 }
 
@@ -47,21 +48,19 @@ impl Mpt {
     ) -> Result<Self, TrainerError> {
         let embedding = parameters.leaf("transformer.wte.weight")?;
         let block = |layer| {
-            let leaf = |name: &str| parameters.leaf(&format!("transformer.blocks.{layer}.{name}.weight"));
+            let name = |name: &str| format!("transformer.blocks.{layer}.{name}.weight");
+            let leaf = |part: &str| parameters.leaf(&name(part));
+            let factor = |part: &str| parameters.factor(&[&name(part)]);
             Ok(Block {
                 attention_norm: leaf("norm_1")?,
-                query_key_value: leaf("attn.Wqkv")?,
-                attention_output: leaf("attn.out_proj")?,
+                query_key_value: factor("attn.Wqkv")?,
+                attention_output: factor("attn.out_proj")?,
                 feed_forward_norm: leaf("norm_2")?,
-                up: leaf("ffn.up_proj")?,
-                down: leaf("ffn.down_proj")?,
+                up: factor("ffn.up_proj")?,
+                down: factor("ffn.down_proj")?,
             })
         };
-        let output = if config.tie_word_embeddings {
-            embedding.shallow_clone()
-        } else {
-            parameters.leaf("lm_head.weight")?
-        };
+        let output = if config.tie_word_embeddings { "transformer.wte.weight" } else { "lm_head.weight" };
         Ok(Self {
             heads: config.n_heads as i64,
             head: config.head_dim() as i64,
@@ -72,14 +71,14 @@ impl Mpt {
             alibi: Alibi::new(config, device).doing("computing the slopes of ALiBi")?,
             blocks: (0..config.n_layers).map(block).collect::<Result<_, TrainerError>>()?,
             norm: parameters.leaf("transformer.norm_f.weight")?,
-            output,
+            output: parameters.factor(&[output])?,
         })
     }
 
     /// Tokens `[batch, time]` to what the output projection takes, `[batch, time, width]`.
     pub(super) fn hidden(&self, tokens: &Tensor, attention: &mut Attention) -> Result<Tensor, TchError> {
         attention.add_bias(self.alibi.bias(attention.past(), tokens.size2()?.1)?)?;
-        let mut x = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?;
+        let mut x = kernels::embedding(&self.embedding, tokens)?;
         for (number, block) in self.blocks.iter().enumerate() {
             let normed = self.layer_norm(&x, &block.attention_norm)?;
             x = x.f_add(&self.attention(number, block, &normed, attention)?)?;
@@ -106,7 +105,7 @@ impl Mpt {
         attention: &mut Attention,
     ) -> Result<Tensor, TchError> {
         let (batch, time, width) = x.size3()?;
-        let mut heads = x.f_linear(&block.query_key_value, None::<&Tensor>)?;
+        let mut heads = kernels::linear(x, &block.query_key_value, None)?;
         if let Some(limit) = self.clip {
             heads = heads.f_clamp(-limit, limit)?;
         }
@@ -115,13 +114,13 @@ impl Mpt {
             heads.f_view([batch, time, 3 * self.heads, self.head])?.f_transpose(1, 2)?.f_chunk(3, 1)?;
         let mixed = attention.mix(number, &heads[0], &heads[1], &heads[2], self.scale)?;
         let mixed = mixed.f_transpose(1, 2)?.f_reshape([batch, time, width])?;
-        mixed.f_linear(&block.attention_output, None::<&Tensor>)
+        kernels::linear(&mixed, &block.attention_output, None)
     }
 
     /// With the exact GELU (Hendrycks and Gimpel, arXiv 1606.08415, sec. 2).
     fn feed_forward(block: &Block, x: &Tensor) -> Result<Tensor, TchError> {
-        let wide = x.f_linear(&block.up, None::<&Tensor>)?.f_gelu("none")?;
-        wide.f_linear(&block.down, None::<&Tensor>)
+        let wide = kernels::linear(x, &block.up, None)?.f_gelu("none")?;
+        kernels::linear(&wide, &block.down, None)
     }
 }
 

@@ -3,10 +3,14 @@
 //!
 //! What the model computes with are leaf views of the first, whose gradients are views of the second. So a
 //! model is loaded and read out by one copy, and the norm, the clipping and the clearing of the gradient
-//! are one kernel each. This module owns every copy of numbers between host and device vectors and checks
+//! are one kernel each. In bf16 there is a third, a copy of the first in that precision, of which the leaves of
+//! matrix products are views; their gradients are fp32 like all. This module owns every copy of numbers between host and device vectors and checks
 //! their lengths: libtorch does not.
 
-use consort_common::model::{Manifest, TensorSpec};
+use consort_common::{
+    model::{Manifest, TensorSpec},
+    spec::Precision,
+};
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::{
@@ -20,32 +24,64 @@ pub(super) struct Parameters {
     pub(super) values: Tensor,
     /// `[parameters]`; `[0]` where nothing is trained.
     pub(super) gradients: Tensor,
+    /// `[parameters]` in bf16, where products are computed in that.
+    rounded: Option<Tensor>,
+}
+
+/// A stretch of the flat vector.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Span {
+    pub(super) offset: i64,
+    pub(super) length: i64,
+    /// Whether weight decay applies.
+    pub(super) decays: bool,
+}
+
+/// A matrix of a block, in the flat vector.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Matrix {
+    pub(super) offset: i64,
+    pub(super) rows: i64,
+    pub(super) columns: i64,
 }
 
 impl Parameters {
     /// Zeros, until [`Parameters::load`].
-    pub(super) fn new(manifest: &Manifest, device: Device) -> Result<Self, TrainerError> {
+    pub(super) fn new(
+        manifest: &Manifest,
+        precision: Precision,
+        device: Device,
+    ) -> Result<Self, TrainerError> {
         let mut parameters = Self::frozen(manifest, device)?;
-        parameters.gradients = zeros(parameters.values.numel() as i64, device)?;
+        let count = parameters.values.numel() as i64;
+        parameters.gradients = zeros(count, device)?;
+        if precision == Precision::Bf16 {
+            let rounded = Tensor::f_zeros([count], (Kind::BFloat16, device));
+            parameters.rounded = Some(rounded.doing("allocating the model")?);
+        }
         Ok(parameters)
     }
 
-    /// The same without gradients: the values are read only.
+    /// The same without gradients and in fp32: the values are read only.
     pub(super) fn frozen(manifest: &Manifest, device: Device) -> Result<Self, TrainerError> {
         let count = i64::try_from(manifest.parameters())
             .map_err(|_| TrainerError::Settings("it has more parameters than fit an address".to_owned()))?;
         let (values, gradients) = (zeros(count, device)?, zeros(0, device)?);
-        Ok(Self { tensors: manifest.tensors().to_vec(), values, gradients })
+        Ok(Self { tensors: manifest.tensors().to_vec(), values, gradients, rounded: None })
     }
 
-    /// The tensor `name` as a leaf in its shape. To be called once per name.
+    /// The tensor `name` as a leaf in its shape, in fp32.
     pub(super) fn leaf(&self, name: &str) -> Result<Tensor, TrainerError> {
-        self.joined(&[name])
+        self.view(&[name], &self.values)
     }
 
-    /// Tensors that lie next to each other, as one leaf: joined along their first dimension. To be called
-    /// once per name.
-    pub(super) fn joined(&self, names: &[&str]) -> Result<Tensor, TrainerError> {
+    /// Tensors that lie next to each other, as one leaf: joined along their first dimension, in the precision of
+    /// products. For operations that add to gradients themselves (`kernels`).
+    pub(super) fn factor(&self, names: &[&str]) -> Result<Tensor, TrainerError> {
+        self.view(names, self.rounded.as_ref().unwrap_or(&self.values))
+    }
+
+    fn view(&self, names: &[&str], source: &Tensor) -> Result<Tensor, TrainerError> {
         let missing = || TrainerError::Settings(format!("the manifest has no tensors {names:?} in a row"));
         let first =
             names.first().and_then(|name| self.tensors.iter().position(|tensor| tensor.name == *name));
@@ -63,7 +99,7 @@ impl Parameters {
         let view = |flat: &Tensor| {
             flat.f_narrow(0, offset as i64, length as i64)?.f_view(shape.as_slice())?.f_detach()
         };
-        let leaf = view(&self.values).doing("placing a parameter")?;
+        let leaf = view(source).doing("placing a parameter")?;
         if self.gradients.numel() == 0 {
             return Ok(leaf);
         }
@@ -73,23 +109,58 @@ impl Parameters {
         Ok(leaf)
     }
 
-    /// The flat vector cut where weight decay begins or ends: (offset, length, whether it decays).
-    pub(super) fn spans(&self) -> Vec<(i64, i64, bool)> {
-        let mut spans: Vec<(i64, i64, bool)> = Vec::new();
-        let mut offset = 0;
-        for tensor in &self.tensors {
-            let length = tensor.parameters() as i64;
+    /// The flat vector cut where weight decay begins or ends.
+    pub(super) fn spans(&self) -> Vec<Span> {
+        self.cut(|_| true)
+    }
+
+    /// The same without the blocks' matrices.
+    pub(super) fn others(&self) -> Vec<Span> {
+        self.cut(|tensor| !tensor.is_hidden_matrix())
+    }
+
+    fn cut(&self, belongs: impl Fn(&TensorSpec) -> bool) -> Vec<Span> {
+        let mut spans: Vec<Span> = Vec::new();
+        for (offset, tensor) in self.placed().filter(|(_, tensor)| belongs(tensor)) {
+            let (length, decays) = (tensor.parameters() as i64, tensor.decays());
             match spans.last_mut() {
-                Some((_, last, decays)) if *decays == tensor.decays() => *last += length,
-                _ => spans.push((offset, length, tensor.decays())),
+                Some(last) if last.decays == decays && last.offset + last.length == offset => {
+                    last.length += length;
+                }
+                _ => spans.push(Span { offset, length, decays }),
             }
-            offset += length;
         }
         spans
     }
 
+    /// The blocks' matrices.
+    pub(super) fn matrices(&self) -> Vec<Matrix> {
+        let matrices = self.placed().filter(|(_, tensor)| tensor.is_hidden_matrix());
+        let matrix = |(offset, tensor): (i64, &TensorSpec)| {
+            let [rows, columns] = [tensor.shape[0], tensor.shape[1]].map(|size| size as i64);
+            Matrix { offset, rows, columns }
+        };
+        matrices.map(matrix).collect()
+    }
+
+    /// The tensors with their positions.
+    fn placed(&self) -> impl Iterator<Item = (i64, &TensorSpec)> {
+        self.tensors.iter().scan(0, |end, tensor| {
+            let offset = *end;
+            *end += tensor.parameters() as i64;
+            Some((offset, tensor))
+        })
+    }
+
     pub(super) fn load(&mut self, flat: &[f32]) -> Result<(), TrainerError> {
-        copy_in(&mut self.values, flat, "loading the model")
+        copy_in(&mut self.values, flat, "loading the model")?;
+        self.round()
+    }
+
+    /// Brings the copy in bf16 up to date, after a change of the values.
+    pub(super) fn round(&mut self) -> Result<(), TrainerError> {
+        let Some(rounded) = &mut self.rounded else { return Ok(()) };
+        rounded.f_copy_(&self.values).doing("rounding the parameters").map(drop)
     }
 
     /// Takes the values over piece by piece: `fill` is given the position of each piece in the flat vector.

@@ -71,7 +71,7 @@ pub(super) struct AdamWTensors {
 }
 
 /// A `torch::Tensor*`.
-type Handle = *mut c_void;
+pub(super) type Handle = *mut c_void;
 
 unsafe extern "C" {
     fn consort_last_error() -> *const c_char;
@@ -83,6 +83,7 @@ unsafe extern "C" {
         count: usize,
         step: Handle,
         skip: Handle,
+        divisor: Handle,
         lr: c_double,
         beta1: c_double,
         beta2: c_double,
@@ -90,18 +91,22 @@ unsafe extern "C" {
         eps: c_double,
     ) -> c_int;
     fn consort_set_gradient(parameter: Handle, gradient: Handle) -> c_int;
+    fn consort_release_cuda_cache() -> c_int;
+    fn consort_set_deterministic() -> c_int;
     fn consort_cuda_memory(device: i64, free_bytes: *mut u64, total_bytes: *mut u64) -> c_int;
 }
 
 /// One AdamW step on all of `tensors`, in place.
 ///
-/// `step` is the number of this step, from 1, and `skip` is 1 to leave everything as it is, else 0: both
-/// are float scalars on the parameters' device, so that the host need not know them.
+/// `step` is the number of this step, from 1, `skip` is 1 to leave everything as it is, else 0, and the
+/// gradients are divided by `divisor` before they are used: float scalars on the parameters' device, so that the
+/// host need not know them.
 pub(super) fn adamw_step(
     settings: &AdamW,
     tensors: &AdamWTensors,
     step: &Tensor,
     skip: &Tensor,
+    divisor: &Tensor,
 ) -> Result<(), ShimError> {
     const OPERATION: &str = "AdamW step";
     let AdamWTensors { parameters, gradients, first, second } = tensors;
@@ -123,6 +128,7 @@ pub(super) fn adamw_step(
     let scalar = Form { kind: Kind::Float, device, shape: Vec::new() };
     check_form(OPERATION, "step counter", 0, step, &scalar)?;
     check_form(OPERATION, "skip flag", 0, skip, &scalar)?;
+    check_form(OPERATION, "divisor", 0, divisor, &scalar)?;
 
     let AdamW { learning_rate, beta1, beta2, weight_decay, epsilon } = *settings;
     let [parameters, gradients, first, second] =
@@ -138,6 +144,7 @@ pub(super) fn adamw_step(
             parameters.len(),
             handle(step),
             handle(skip),
+            handle(divisor),
             learning_rate,
             beta1,
             beta2,
@@ -148,15 +155,28 @@ pub(super) fn adamw_step(
     check_code(OPERATION, code)
 }
 
-/// Makes `gradient`, of the same form, the place where backward passes add up the gradient of the leaf
-/// `parameter`.
+/// Makes `gradient`, of the same shape in fp32, the place where backward passes add up the gradient of the leaf
+/// `parameter`. Only operations that add to it themselves can do so if `parameter` is not fp32.
 pub(super) fn set_gradient(parameter: &Tensor, gradient: &Tensor) -> Result<(), ShimError> {
     const OPERATION: &str = "placing a gradient";
-    check_form(OPERATION, "gradients", 0, gradient, &Form::of(parameter))?;
+    let expected = Form { kind: Kind::Float, ..Form::of(parameter) };
+    check_form(OPERATION, "gradients", 0, gradient, &expected)?;
     // SAFETY: both handles are of tensors that are borrowed for the whole call and defined; the shim
     // copies the gradient's handle with its reference count.
     let code = unsafe { consort_set_gradient(handle(parameter), handle(gradient)) };
     check_code(OPERATION, code)
+}
+
+/// Gives back the GPU memory that is allocated but not in use.
+pub(super) fn release_cuda_cache() -> Result<(), ShimError> {
+    // SAFETY: takes nothing and touches no tensor in use.
+    check_code("releasing GPU memory", unsafe { consort_release_cuda_cache() })
+}
+
+/// Makes libtorch take deterministic algorithms, or fail where there is none.
+pub(super) fn set_deterministic() -> Result<(), ShimError> {
+    // SAFETY: sets flags of the process, which libtorch reads when it chooses kernels.
+    check_code("choosing deterministic algorithms", unsafe { consort_set_deterministic() })
 }
 
 /// Free and total memory of CUDA device `index`, in bytes.
@@ -187,7 +207,7 @@ impl Form {
     }
 }
 
-fn handle(tensor: &Tensor) -> Handle {
+pub(super) fn handle(tensor: &Tensor) -> Handle {
     tensor.as_ptr().cast_mut().cast()
 }
 
@@ -218,12 +238,16 @@ fn check_code(operation: &'static str, code: c_int) -> Result<(), ShimError> {
     if code == 0 {
         return Ok(());
     }
+    Err(ShimError::Libtorch { operation, message: last_error() })
+}
+
+/// Why the last call into C++ on this thread failed that did.
+pub(super) fn last_error() -> String {
     // SAFETY: after a failure on this thread the shim returns a string that ends in a zero byte and lives
     // until its next failure; it is copied at once.
     let message = unsafe { CStr::from_ptr(consort_last_error()) }.to_string_lossy();
     // Further lines are a backtrace or advice for people who program against libtorch.
-    let message = message.lines().next().unwrap_or_default().to_owned();
-    Err(ShimError::Libtorch { operation, message })
+    message.lines().next().unwrap_or_default().to_owned()
 }
 
 #[cfg(test)]
@@ -314,7 +338,7 @@ mod tests {
         for step in 1..=20 {
             set_gradients(&mut model, step);
             reference.step(&values(&model.gradients));
-            adamw_step(&SETTINGS, &model, &scalar(f64::from(step)), &scalar(0.0)).unwrap();
+            adamw_step(&SETTINGS, &model, &scalar(f64::from(step)), &scalar(0.0), &scalar(1.0)).unwrap();
             let difference = largest_difference(&values(&model.parameters), &reference.parameters);
             assert!(difference <= 2e-6, "step {step}: {difference:e}");
         }
@@ -326,7 +350,7 @@ mod tests {
     fn adamw_step_keeps_parameters_trainable_and_records_no_graph() {
         let mut model = model();
         set_gradients(&mut model, 1);
-        adamw_step(&SETTINGS, &model, &scalar(1.0), &scalar(0.0)).unwrap();
+        adamw_step(&SETTINGS, &model, &scalar(1.0), &scalar(0.0), &scalar(1.0)).unwrap();
         assert!(model.parameters.iter().all(|parameter| parameter.requires_grad() && parameter.is_leaf()));
         assert!(model.first.iter().all(|moment| !moment.requires_grad()));
     }
@@ -336,7 +360,7 @@ mod tests {
         let mut model = model();
         set_gradients(&mut model, 1);
         let before = values(&model.parameters);
-        adamw_step(&SETTINGS, &model, &scalar(1.0), &scalar(1.0)).unwrap();
+        adamw_step(&SETTINGS, &model, &scalar(1.0), &scalar(1.0), &scalar(1.0)).unwrap();
         assert_eq!(values(&model.parameters), before);
         assert!(values(&model.first).iter().chain(&values(&model.second)).all(|moment| *moment == 0.0));
     }
@@ -347,7 +371,7 @@ mod tests {
         set_gradients(&mut model, 1);
         let before = values(&model.parameters);
         model.gradients.pop();
-        let error = adamw_step(&SETTINGS, &model, &scalar(1.0), &scalar(0.0)).unwrap_err();
+        let error = adamw_step(&SETTINGS, &model, &scalar(1.0), &scalar(0.0), &scalar(1.0)).unwrap_err();
         assert_eq!(error.to_string(), "AdamW step: 2 gradients, but 3 parameters");
         assert_eq!(values(&model.parameters), before);
     }
@@ -357,7 +381,7 @@ mod tests {
         let mut model = model();
         set_gradients(&mut model, 1);
         model.gradients[1] = Tensor::new();
-        let error = adamw_step(&SETTINGS, &model, &scalar(1.0), &scalar(0.0)).unwrap_err();
+        let error = adamw_step(&SETTINGS, &model, &scalar(1.0), &scalar(0.0), &scalar(1.0)).unwrap_err();
         assert_eq!(
             error.to_string(),
             "AdamW step: tensor 1 of the gradients is not defined, expected Float [5] on Cpu"
@@ -365,7 +389,7 @@ mod tests {
 
         set_gradients(&mut model, 1);
         model.first[0] = model.first[0].reshape([3, 2]);
-        let error = adamw_step(&SETTINGS, &model, &scalar(1.0), &scalar(0.0)).unwrap_err();
+        let error = adamw_step(&SETTINGS, &model, &scalar(1.0), &scalar(0.0), &scalar(1.0)).unwrap_err();
         assert_eq!(
             error.to_string(),
             "AdamW step: tensor 0 of the first moments is Float [3, 2] on Cpu, expected Float [2, 3] on Cpu"
@@ -381,6 +405,17 @@ mod tests {
             (&parameter * &parameter).sum(Kind::Float).backward();
         }
         assert_eq!(values(&[gradient]), [8.0, 12.0]);
+    }
+
+    #[test]
+    fn deterministic_algorithms_change_nothing_on_a_cpu() {
+        let product = || {
+            let x = (Tensor::arange(64 * 64, (Kind::Float, Device::Cpu)) * 0.37).sin().reshape([64, 64]);
+            values(&[x.matmul(&x)])
+        };
+        let before = product();
+        set_deterministic().unwrap();
+        assert_eq!(product(), before);
     }
 
     #[test]

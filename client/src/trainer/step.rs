@@ -1,13 +1,20 @@
 //! One optimizer step: batch, forward, backward, clip, update. Nothing in it waits for the device.
 
-use consort_common::{model::Architecture, schedule::Schedule, spec::TrainingSpec};
-use tch::{Device, Kind, Reduction, TchError, Tensor};
+use std::time::{Duration, Instant};
+
+use consort_common::{
+    model::Architecture,
+    schedule::Schedule,
+    spec::{Precision, TrainingSpec},
+};
+use tch::{Device, Kind, TchError, Tensor};
 
 use super::{
     LanguageModel, checked_manifest,
-    device::upload,
+    device::{release_unused, synchronize, upload},
     error::{Doing, TrainerError},
-    optimizer::{Moments, Optimizer},
+    micro_batch::{MicroBatch, sequences_cpu},
+    optimizer::{Control, Moments, Optimizer},
     parameters::{Parameters, copy_out},
     zero,
 };
@@ -16,8 +23,7 @@ use super::{
 pub struct Trainer {
     pub(super) model: LanguageModel,
     device: Device,
-    /// Sequences per forward pass.
-    pub(super) micro_batch: usize,
+    pub(super) micro_batch: MicroBatch,
     parameters: Parameters,
     optimizer: Optimizer,
     schedule: Schedule,
@@ -28,6 +34,26 @@ pub struct Trainer {
     gradient_clip: f64,
     /// What the steps since the last reading came to, each f32 `[2]` on the device: loss and gradient norm.
     unread: Vec<Tensor>,
+    /// Where the time goes, if that is measured.
+    clock: Option<Clock>,
+}
+
+/// Time that steps spent, by what they did.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Phases {
+    /// The blocks, from tokens to what the output projection is given.
+    pub forward: Duration,
+    /// The output projection and the loss, forward and backward at once.
+    pub head: Duration,
+    /// The blocks, backward.
+    pub backward: Duration,
+    /// The gradient's norm and the optimizer.
+    pub update: Duration,
+}
+
+struct Clock {
+    phases: Phases,
+    lap: Instant,
 }
 
 /// What a step came to, as the device found it.
@@ -72,8 +98,7 @@ impl Trainer {
         let [batch, micro_batch, sequence] =
             [training.batch_size, training.micro_batch_size, training.sequence_length]
                 .map(|size| size as usize);
-        let micro_batch = if micro_batch == 0 { batch } else { micro_batch };
-        if batch == 0 || batch % micro_batch != 0 {
+        if batch == 0 || (micro_batch > 0 && batch % micro_batch != 0) {
             let problem = format!("micro_batch_size {micro_batch} does not divide batch_size {batch}");
             return Err(TrainerError::Settings(problem));
         }
@@ -83,7 +108,8 @@ impl Trainer {
                 format!("sequence_length is {sequence}, allowed: 1 to the model's context of {context}");
             return Err(TrainerError::Settings(problem));
         }
-        let parameters = Parameters::new(&checked_manifest(architecture)?, device)?;
+        let manifest = checked_manifest(architecture)?;
+        let parameters = Parameters::new(&manifest, training.precision, device)?;
         let mut model = LanguageModel::over(architecture, &parameters, device)?;
         if training.document_mask {
             model = model.with_documents_apart(end_of_text);
@@ -92,7 +118,7 @@ impl Trainer {
         Ok(Self {
             model,
             device,
-            micro_batch,
+            micro_batch: MicroBatch::new(training, device),
             parameters,
             optimizer,
             schedule: training.schedule.clone(),
@@ -101,6 +127,7 @@ impl Trainer {
             sequence,
             gradient_clip: training.gradient_clip,
             unread: Vec::new(),
+            clock: None,
         })
     }
 
@@ -181,41 +208,90 @@ impl Trainer {
         let tokens =
             upload(batch, &[self.batch as i64, length as i64], self.device).doing("uploading a batch")?;
 
-        self.parameters.clear_gradients()?;
-        let micro_batches = tokens.f_split(self.micro_batch as i64, 0).doing("splitting a batch")?;
-        let mut loss = zero(Kind::Float, self.device).doing("summing the loss")?;
-        for micro_batch in &micro_batches {
-            if cancelled() {
-                return Err(TrainerError::Cancelled);
+        self.lap(|_| None);
+        let mut micro_batch = self.micro_batch;
+        let loss = micro_batch.fit(self.batch, |sequences| {
+            let loss = self.gradients_of(&tokens, sequences, cancelled);
+            if matches!(loss, Err(TrainerError::OutOfMemory { .. })) {
+                release_unused(self.device);
             }
-            let share = self.model.loss(micro_batch, Reduction::Mean).doing("computing the loss")?;
-            let share = share.f_div_scalar(micro_batches.len() as i64).doing("computing the loss")?;
-            share.f_backward().doing("computing the gradient")?;
-            loss = loss.f_add(&share.detach()).doing("summing the loss")?;
-        }
-
-        let (norm, skip) = self.clip_gradient(&loss)?;
+            loss
+        });
+        self.micro_batch = micro_batch;
+        let loss = loss?;
+        let (norm, control) = self.control(&loss)?;
         let factor = self.schedule.factor(global_step, self.run_steps);
-        let learning_rate = self.optimizer.step(factor, &skip)?;
+        let learning_rate = self.optimizer.step(factor, &control)?;
+        self.parameters.round()?;
         self.unread.push(Tensor::f_stack(&[loss, norm], 0).doing("keeping the loss")?);
+        self.lap(|phases| Some(&mut phases.update));
         Ok(StepOutcome { tokens: (self.batch * self.sequence) as u64, learning_rate })
     }
 
-    /// Scales the gradient to at most the L2 norm that the settings give. Returns the norm that it had, and 1
-    /// where the update must be skipped because loss or gradient are not finite, else 0: float scalars on the
-    /// device.
-    fn clip_gradient(&mut self, loss: &Tensor) -> Result<(Tensor, Tensor), TrainerError> {
-        let mut clip = || -> Result<_, TchError> {
-            let norm = self.parameters.gradients.f_norm()?;
-            if self.gradient_clip > 0.0 {
-                // 1e-6 as in PyTorch's clip_grad_norm_: no division by zero, and equal results.
-                let scale = norm.f_add_scalar(1e-6)?.f_reciprocal()?.f_mul_scalar(self.gradient_clip)?;
-                let _ = self.parameters.gradients.f_mul_(&scale.f_clamp_max(1.0)?)?;
+    /// Makes the gradients those of the mean loss of `tokens`, `[batch, time + 1]`, by so many `sequences` at a
+    /// time, and returns the loss.
+    fn gradients_of(
+        &mut self,
+        tokens: &Tensor,
+        sequences: usize,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<Tensor, TrainerError> {
+        self.parameters.clear_gradients()?;
+        let mut loss = zero(Kind::Float, self.device).doing("summing the loss")?;
+        #[allow(clippy::cast_precision_loss)]
+        let scale = 1.0 / (self.batch * self.sequence) as f64;
+        for micro_batch in &tokens.f_split(sequences as i64, 0).doing("splitting a batch")? {
+            if cancelled() {
+                return Err(TrainerError::Cancelled);
             }
+            let hidden = self.model.hidden(micro_batch).doing("computing the model")?;
+            self.lap(|phases| Some(&mut phases.forward));
+            let share = self.model.head_loss(&hidden, micro_batch, scale).doing("computing the loss")?;
+            self.lap(|phases| Some(&mut phases.head));
+            share.f_backward().doing("computing the gradient")?;
+            self.lap(|phases| Some(&mut phases.backward));
+            loss = loss.f_add(&share.detach()).doing("summing the loss")?;
+        }
+        Ok(loss)
+    }
+
+    /// The gradient's L2 norm; and whether the update must be skipped, and what the gradient must be divided by so
+    /// that its norm is at most what the settings give.
+    fn control(&self, loss: &Tensor) -> Result<(Tensor, Control), TrainerError> {
+        let control = || {
+            let norm = self.parameters.gradients.f_norm()?;
             let skip = norm.f_add(loss)?.f_isfinite()?.f_logical_not()?.f_to_kind(Kind::Float)?;
-            Ok((norm, skip))
+            let divisor = if self.gradient_clip > 0.0 {
+                // 1e-6 as in PyTorch's clip_grad_norm_: equal results.
+                norm.f_add_scalar(1e-6)?.f_div_scalar(self.gradient_clip)?.f_clamp_min(1.0)?
+            } else {
+                norm.f_ones_like()?
+            };
+            Ok::<_, TchError>((norm, Control { skip, divisor }))
         };
-        clip().doing("clipping the gradient")
+        control().doing("measuring the gradient")
+    }
+
+    /// From now on measures where the time of steps goes. Each part then waits for the device, which costs a
+    /// GPU some speed.
+    pub fn measure_phases(&mut self) {
+        self.clock = Some(Clock { phases: Phases::default(), lap: Instant::now() });
+    }
+
+    /// Where the time of the steps since the last call went; zero unless it is measured.
+    pub fn take_phases(&mut self) -> Phases {
+        self.clock.as_mut().map(|clock| std::mem::take(&mut clock.phases)).unwrap_or_default()
+    }
+
+    /// Adds the time since the last lap to a phase, or drops it.
+    fn lap(&mut self, phase: impl FnOnce(&mut Phases) -> Option<&mut Duration>) {
+        let Some(clock) = &mut self.clock else { return };
+        synchronize(self.device);
+        let now = Instant::now();
+        if let Some(phase) = phase(&mut clock.phases) {
+            *phase += now - clock.lap;
+        }
+        clock.lap = now;
     }
 
     /// What the steps since the last call came to, in order. The one call of the training loop that waits for
@@ -260,10 +336,13 @@ pub fn memory_bytes_needed(architecture: &Architecture, training: &TrainingSpec)
         Architecture::Gpt2(config) => config.n_layer * (14 * config.n_embd + 2 * config.inner()),
         Architecture::Mpt(config) => config.n_layers * 22 * config.d_model,
     };
-    // Logits are kept as such, as probabilities and as their gradient.
-    let per_token = (blocks + 3 * architecture.vocab_size()) as u64;
-    let micro_batch =
-        if training.micro_batch_size == 0 { training.batch_size } else { training.micro_batch_size };
-    let tokens = u64::from(micro_batch) * u64::from(training.sequence_length);
-    FLOAT * (state + tokens * per_token)
+    let per_token = blocks as u64;
+    let micro_batch = match training.micro_batch_size as usize {
+        0 => sequences_cpu(training),
+        given => given,
+    };
+    let tokens = micro_batch as u64 * u64::from(training.sequence_length);
+    let rounded =
+        if training.precision == Precision::Bf16 { 2 * architecture.manifest().parameters() } else { 0 };
+    FLOAT * (state + tokens * per_token) + rounded
 }

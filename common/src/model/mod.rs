@@ -69,6 +69,12 @@ impl TensorSpec {
     pub fn decays(&self) -> bool {
         self.shape.len() >= 2
     }
+
+    /// Whether it is a matrix of a block: not an embedding of tokens or positions, nor the output projection.
+    pub fn is_hidden_matrix(&self) -> bool {
+        const OUTSIDE: [&str; 4] = ["embed_tokens.weight", "lm_head.weight", "wte.weight", "wpe.weight"];
+        self.shape.len() == 2 && !OUTSIDE.iter().any(|name| self.name.ends_with(name))
+    }
 }
 
 /// The model's tensors, in the order of the flat vector.

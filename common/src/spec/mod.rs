@@ -103,10 +103,12 @@ pub struct TrainingSpec {
     pub local_steps: u32,
     /// Sequences per optimizer step.
     pub batch_size: u32,
-    /// Sequences per forward and backward pass; must divide `batch_size`. 0: the whole batch at once.
+    /// Sequences per forward and backward pass; must divide `batch_size`. 0: found by each site.
     pub micro_batch_size: u32,
     /// Tokens that a sequence predicts.
     pub sequence_length: u32,
+    /// In what the blocks' matrix products and attention are computed.
+    pub precision: Precision,
     /// Whether attention stays within documents, of which a sequence may hold several (Llama 3, arXiv
     /// 2407.21783, section 3.2). An end-of-text token opens the document that follows it.
     pub document_mask: bool,
@@ -127,6 +129,7 @@ impl Default for TrainingSpec {
             batch_size: 16,
             micro_batch_size: 0,
             sequence_length: 128,
+            precision: Precision::default(),
             document_mask: false,
             gradient_clip: 1.0,
             optimizer_state: OptimizerState::default(),
@@ -134,6 +137,18 @@ impl Default for TrainingSpec {
             schedule: Schedule::default(),
         }
     }
+}
+
+/// In what matrix products and attention are computed. Parameters, gradients, moments and the residual stream are
+/// fp32 in both.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// fp32.
+    #[default]
+    Fp32,
+    /// bf16, as in PyTorch's autocast (Micikevicius et al., arXiv 1710.03740; bf16 needs no loss scaling).
+    Bf16,
 }
 
 /// What becomes of the local optimizer's moments between rounds.
@@ -169,6 +184,48 @@ pub enum OptimizerSpec {
         #[serde(default = "defaults::weight_decay")]
         weight_decay: f64,
     },
+    /// ADOPT with its clipping (Taniguchi et al., arXiv 2411.02853, algorithm 2): what Photon trains with.
+    Adopt {
+        /// Peak learning rate.
+        #[serde(default = "defaults::learning_rate")]
+        learning_rate: f64,
+        /// Decay of the first moment.
+        #[serde(default = "defaults::beta1")]
+        beta1: f64,
+        /// Decay of the second moment; converges with any.
+        #[serde(default = "defaults::adopt_beta2")]
+        beta2: f64,
+        /// The root of the second moment is at least this.
+        #[serde(default = "defaults::adopt_epsilon")]
+        epsilon: f64,
+        /// Decoupled weight decay of matrices and embeddings, as a factor on the learning rate.
+        #[serde(default = "defaults::weight_decay")]
+        weight_decay: f64,
+    },
+    /// Muon (Jordan et al., kellerjordan.github.io/posts/muon, 2024) for the blocks' matrices, scaled to the
+    /// size of AdamW's updates (Liu et al., arXiv 2502.16982, eq. 4), so that one learning rate and one decay
+    /// serve both; AdamW for embeddings, output projection, gains and biases. The local optimizer of MuLoCo
+    /// (Thérien et al., arXiv 2505.23725).
+    Muon {
+        /// Peak learning rate.
+        #[serde(default = "defaults::learning_rate")]
+        learning_rate: f64,
+        /// Decay of Muon's momentum.
+        #[serde(default = "defaults::muon_momentum")]
+        momentum: f64,
+        /// Decay of AdamW's first moment.
+        #[serde(default = "defaults::beta1")]
+        beta1: f64,
+        /// Decay of AdamW's second moment.
+        #[serde(default = "defaults::beta2")]
+        beta2: f64,
+        /// Added to the root of AdamW's second moment.
+        #[serde(default = "defaults::epsilon")]
+        epsilon: f64,
+        /// Decoupled weight decay of matrices and embeddings, as a factor on the learning rate.
+        #[serde(default = "defaults::weight_decay")]
+        weight_decay: f64,
+    },
 }
 
 mod defaults {
@@ -186,6 +243,16 @@ mod defaults {
     }
     pub(super) fn weight_decay() -> f64 {
         0.1
+    }
+    /// The next two are those of ADOPT's authors.
+    pub(super) fn adopt_beta2() -> f64 {
+        0.9999
+    }
+    pub(super) fn adopt_epsilon() -> f64 {
+        1e-6
+    }
+    pub(super) fn muon_momentum() -> f64 {
+        0.95
     }
     /// DiLoCo (arXiv 2311.08105, section 3.1) found this rate and this momentum best.
     pub(super) fn outer_learning_rate() -> f64 {

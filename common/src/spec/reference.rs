@@ -18,7 +18,10 @@ mod tests {
     use crate::{
         model::{Architecture, Gpt2Config, LlamaConfig, MptAttentionConfig, MptConfig, RopeScaling},
         schedule::Schedule,
-        spec::{AdaptiveDeadline, OuterOptimizer, OuterSpec, StartSpec, TokenizerSpec, TrainingSpec},
+        spec::{
+            AdaptiveDeadline, OptimizerSpec, OuterOptimizer, OuterSpec, StartSpec, TokenizerSpec,
+            TrainingSpec,
+        },
     };
 
     /// A section as the reference writes it: active, or commented out as an alternative.
@@ -132,6 +135,25 @@ mod tests {
                     final_fraction: 0.1,
                 };
             }),
+            with(&|spec| {
+                spec.training.optimizer = OptimizerSpec::Adopt {
+                    learning_rate: 1.0,
+                    beta1: 0.0,
+                    beta2: 0.0,
+                    epsilon: 1.0,
+                    weight_decay: 0.0,
+                };
+            }),
+            with(&|spec| {
+                spec.training.optimizer = OptimizerSpec::Muon {
+                    learning_rate: 1.0,
+                    momentum: 0.0,
+                    beta1: 0.0,
+                    beta2: 0.0,
+                    epsilon: 1.0,
+                    weight_decay: 0.0,
+                };
+            }),
             with(&|spec| spec.outer.optimizer = OuterOptimizer::FedAvg {}),
             with(&|spec| spec.outer.optimizer = OuterOptimizer::default()),
             with(&|spec| spec.participation.adaptive_deadline = Some(AdaptiveDeadline::default())),
@@ -195,6 +217,6 @@ mod tests {
                 tried += 1;
             }
         }
-        assert_eq!(tried, 15, "alternatives in the reference");
+        assert_eq!(tried, 17, "alternatives in the reference");
     }
 }

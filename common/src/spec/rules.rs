@@ -156,11 +156,22 @@ fn training(rules: &mut Rules<'_>, training: &TrainingSpec, model: &Architecture
 }
 
 fn optimizer(rules: &mut Rules<'_>, optimizer: &OptimizerSpec) {
-    let OptimizerSpec::AdamW { learning_rate, beta1, beta2, epsilon, weight_decay } = *optimizer;
     let path = |key: &str| format!("training.optimizer.{key}");
+    let (learning_rate, momentum, beta1, beta2, epsilon, weight_decay) = match *optimizer {
+        OptimizerSpec::AdamW { learning_rate, beta1, beta2, epsilon, weight_decay }
+        | OptimizerSpec::Adopt { learning_rate, beta1, beta2, epsilon, weight_decay } => {
+            (learning_rate, None, beta1, beta2, epsilon, weight_decay)
+        }
+        OptimizerSpec::Muon { learning_rate, momentum, beta1, beta2, epsilon, weight_decay } => {
+            (learning_rate, Some(momentum), beta1, beta2, epsilon, weight_decay)
+        }
+    };
     rules.number(&path("learning_rate"), learning_rate, learning_rate > 0.0, "a positive number");
-    rules.number(&path("beta1"), beta1, (0.0..1.0).contains(&beta1), "0 or more, below 1");
-    rules.number(&path("beta2"), beta2, (0.0..1.0).contains(&beta2), "0 or more, below 1");
+    let decays = [("momentum", momentum), ("beta1", Some(beta1)), ("beta2", Some(beta2))];
+    for (key, decay) in decays {
+        let Some(decay) = decay else { continue };
+        rules.number(&path(key), decay, (0.0..1.0).contains(&decay), "0 or more, below 1");
+    }
     rules.number(&path("epsilon"), epsilon, epsilon > 0.0, "a positive number");
     rules.number(&path("weight_decay"), weight_decay, weight_decay >= 0.0, "0 or a positive number");
 }

@@ -145,7 +145,15 @@ fn missing_keys_say_what_is_allowed() {
 
 #[test]
 fn unknown_variants_list_the_known() {
-    check("training.optimizer.kind = \"adam\"", &[r#"training.optimizer.kind is "adam"; allowed: "adamw""#]);
+    check(
+        "training.optimizer.kind = \"adam\"",
+        &[r#"training.optimizer.kind is "adam"; allowed: "adamw", "adopt", "muon""#],
+    );
+    check(
+        "training.optimizer = { kind = \"muon\", momentum = 1 }",
+        &["training.optimizer.momentum is 1; allowed: 0 or more, below 1"],
+    );
+    check("training.precision = \"fp16\"", &[r#"training.precision is "fp16"; allowed: "fp32", "bf16""#]);
     assert_eq!(
         problems("name = \"a\"\nrounds = 1\nmodel = { architecture = \"mamba\", d_state = 3 }"),
         [r#"model.architecture is "mamba"; allowed: "llama", "gpt2", "mpt""#]
