@@ -70,7 +70,16 @@ pub struct Session {
     /// When it was last heard.
     pub last_seen_ms: UnixMs,
     /// The run it is ready for.
-    pub ready: Option<RunName>,
+    pub ready: Option<Prepared>,
+}
+
+/// What a site has prepared itself for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prepared {
+    /// The run.
+    pub run: RunName,
+    /// Tokens that it has to train on, as it reports them.
+    pub train_tokens: u64,
 }
 
 impl Session {
@@ -192,7 +201,7 @@ mod tests {
     fn a_restarted_daemon_takes_its_session_over_and_stays_ready() {
         let mut sessions = Sessions::default();
         sessions.join(&site(), [1; 16], daemon(FIRST), 0).unwrap();
-        let ready: RunName = "r".parse().unwrap();
+        let ready = Prepared { run: "r".parse().unwrap(), train_tokens: 7 };
         sessions.touch(&site(), &[1; 16], 0).unwrap().ready = Some(ready.clone());
         let stream = sessions.touch(&site(), &[1; 16], 0).unwrap().instruction.subscribe();
         sessions.join(&site(), [3; 16], daemon(FIRST), 1).unwrap();

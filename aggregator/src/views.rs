@@ -335,7 +335,7 @@ fn client_summary(
         last_seen_unix_ms: session.map_or(row.last_seen_ms, |session| session.last_seen_ms),
         train_tokens: ready.map_or(0, |ready| ready.train_tokens),
         held_out_tokens: ready.map_or(0, |ready| ready.held_out_tokens),
-        ready: live.is_some_and(|live| live.run.ready().contains(&row.site)),
+        ready: live.is_some_and(|live| live.run.ready().contains_key(&row.site)),
     }
 }
 

@@ -222,6 +222,17 @@ impl TestFederation {
         self.json(&["runs", "create", path.to_str().expect("a path is text"), "--start"]);
     }
 
+    /// Who contributed to a round, with which weight, as `consort rounds show` tells.
+    pub fn contributions(&self, run: &str, round: u32) -> Vec<(String, f64)> {
+        let round = self.json(&["rounds", "show", run, &round.to_string()]);
+        let contributions = round["contributions"].as_array().expect("a round has contributions");
+        let contribution = |one: &Value| {
+            let site = one["site"].as_str().expect("a contribution has a site").to_owned();
+            (site, one["weight"].as_f64().expect("a contribution has a weight"))
+        };
+        contributions.iter().map(contribution).collect()
+    }
+
     /// Waits until `ready` finds what it looks for in `consort runs show RUN --json`.
     pub fn wait_for_run<T>(&self, run: &str, what: &str, mut ready: impl FnMut(&Value) -> Option<T>) -> T {
         wait_for(what, || ready(&self.json(&["runs", "show", run])))

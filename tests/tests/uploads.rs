@@ -267,18 +267,7 @@ async fn a_late_upload_is_told_the_current_round() {
     assert_refused(clinic.upload(&second).await, Code::FailedPrecondition, &words);
     assert_refused(bank.upload(&first).await, Code::FailedPrecondition, &words);
     clinic.assignment(2).await;
-    assert_eq!(contributions(&federation, 1), [("bank".to_owned(), 1.0)]);
-}
-
-/// Who contributed to a round, with which weight.
-fn contributions(federation: &TestFederation, round: u32) -> Vec<(String, f64)> {
-    let round = federation.json(&["rounds", "show", "pilot", &round.to_string()]);
-    let contributions = round["contributions"].as_array().expect("a round has contributions");
-    let contribution = |one: &serde_json::Value| {
-        let site = one["site"].as_str().expect("a contribution has a site").to_owned();
-        (site, one["weight"].as_f64().expect("a contribution has a weight"))
-    };
-    contributions.iter().map(contribution).collect()
+    assert_eq!(federation.contributions("pilot", 1), [("bank".to_owned(), 1.0)]);
 }
 
 #[tokio::test]
@@ -295,7 +284,7 @@ async fn a_repeated_upload_counts_once() {
     assert!(bank.upload(&ramp(&assignment, 99.0)).await.expect("a second delta is no error"));
     assert!(!clinic.upload(&delta).await.expect("the delta is right"));
     bank.assignment(2).await;
-    assert_eq!(contributions(&federation, 1), [("bank".to_owned(), 0.5), ("clinic".to_owned(), 0.5)]);
+    assert_eq!(federation.contributions("pilot", 1), [("bank".to_owned(), 0.5), ("clinic".to_owned(), 0.5)]);
     // The mean of two equal deltas is the delta; the outer optimizer's default moves by 0.7 x 1.9 of it.
     let model = bank.model(1).await.expect("the version is there");
     for (index, (new, old)) in model.iter().zip(&base).enumerate() {

@@ -16,6 +16,7 @@ use crate::{
     engine::{Event, Run, RunStatus},
     models::{ModelFiles, ModelVersion},
     reduce,
+    sessions::Session,
     store::{NewRun, StartOrigin},
 };
 
@@ -132,14 +133,13 @@ impl Driver {
         core: &mut Core,
         name: &RunName,
     ) -> Result<(), DriverError> {
-        let ready: Vec<SiteName> = core
-            .sessions
-            .iter()
-            .filter(|(_, session)| session.connected() && session.ready.as_ref() == Some(name))
-            .map(|(site, _)| site.clone())
-            .collect();
-        for site in ready {
-            self.apply(core, name, Event::SiteReady(site)).await?;
+        let prepared = |(site, session): (&SiteName, &Session)| {
+            let prepared = session.ready.as_ref().filter(|prepared| prepared.run == *name)?;
+            session.connected().then(|| (site.clone(), prepared.train_tokens))
+        };
+        let ready: Vec<(SiteName, u64)> = core.sessions.iter().filter_map(prepared).collect();
+        for (site, train_tokens) in ready {
+            self.apply(core, name, Event::SiteReady { site, train_tokens }).await?;
         }
         Ok(())
     }

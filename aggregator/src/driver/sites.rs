@@ -14,7 +14,7 @@ use super::{Core, Driver, DriverError, ModelReader, RunMaterial};
 use crate::{
     engine::{self, ContributionFacts, Effect, Event, Phase, Rejection, Run, RunStatus, Standing},
     models::ModelError,
-    sessions::{Daemon, Session, SessionId},
+    sessions::{Daemon, Prepared, Session, SessionId},
     spool::ContributionKey,
     store::{ClientRow, RunSiteRow},
 };
@@ -88,7 +88,7 @@ impl Driver {
         let ready = session.ready.clone();
         let attendance = Attendance { driver: self.clone(), site: site.clone(), receiver: Some(receiver) };
         if let Some(ready) = ready
-            && core.runs.contains_key(&ready)
+            && core.runs.contains_key(&ready.run)
         {
             self.site_ready(&mut core, &ready, site).await?;
         }
@@ -101,10 +101,11 @@ impl Driver {
     async fn site_ready(
         self: &Arc<Self>,
         core: &mut Core,
-        run: &RunName,
+        ready: &Prepared,
         site: &SiteName,
     ) -> Result<(), DriverError> {
-        match self.apply(core, run, Event::SiteReady(site.clone())).await {
+        let event = Event::SiteReady { site: site.clone(), train_tokens: ready.train_tokens };
+        match self.apply(core, &ready.run, event).await {
             Err(DriverError::Rejected(Rejection::NotRunning { .. })) => Ok(()),
             other => other.map(|_| ()),
         }
@@ -123,7 +124,7 @@ impl Driver {
         let runs: Vec<RunName> = core
             .runs
             .iter()
-            .filter(|(_, live)| live.run.ready().contains(site))
+            .filter(|(_, live)| live.run.ready().contains_key(site))
             .map(|(name, _)| name.clone())
             .collect();
         for run in runs {
@@ -196,9 +197,10 @@ impl Driver {
         };
         self.store.upsert_run_site(&report.run, &prepared).await?;
         let session = core.sessions.touch(site, session, now)?;
-        session.ready = Some(report.run.clone());
+        let ready = Prepared { run: report.run, train_tokens: report.train_tokens };
+        session.ready = Some(ready.clone());
         if session.connected() {
-            self.site_ready(&mut core, &report.run, site).await?;
+            self.site_ready(&mut core, &ready, site).await?;
         }
         Ok(())
     }

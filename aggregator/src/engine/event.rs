@@ -12,7 +12,12 @@ use super::state::RunStatus;
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// The site is connected and has prepared itself for the run.
-    SiteReady(SiteName),
+    SiteReady {
+        /// Which.
+        site: SiteName,
+        /// Tokens that it has to train on, as it reports them.
+        train_tokens: u64,
+    },
     /// The site left or lost its connection.
     SiteGone(SiteName),
     /// An operator starts the run.

@@ -57,7 +57,7 @@ impl Run {
             RunStatus::Created => idle("the run has not been started"),
             RunStatus::Finished => idle("the run is finished"),
             RunStatus::Aborted { reason } => idle(format!("the run was aborted: {reason}")),
-            RunStatus::Active | RunStatus::Paused if !self.roster.ready.contains(site) => {
+            RunStatus::Active | RunStatus::Paused if !self.roster.ready.contains_key(site) => {
                 Instruction::Prepare
             }
             RunStatus::Paused => idle("the run is paused"),
@@ -98,13 +98,15 @@ impl Run {
             Some(Standing::Working | Standing::Replaced) => Instruction::Train {
                 round: training.round,
                 first_step: plan.first_step(training.round),
-                steps: plan.local_steps(),
-                tokens: plan.tokens_per_assignment(),
+                steps: training.steps(site, plan),
+                tokens: plan.tokens(training.steps(site, plan)),
                 deadline_ms: self.deadline_ms(),
                 evaluate_base: plan.evaluates(training.round.saturating_sub(1)),
             },
             Some(Standing::Delivered(_)) => {
-                let others = words::count(training.working().count(), "other site", "other sites");
+                let awaited = plan.awaited(training.selected(), training.wanted);
+                let others = awaited.saturating_sub(training.contributions().count());
+                let others = words::count(others, "other site", "other sites");
                 idle(format!("delta accepted; waiting for {others}"))
             }
             None => idle(format!("not selected for round {}", training.round)),

@@ -28,6 +28,10 @@
 //!   those that were not tried in this round first. A replaced site goes on training, and its delta counts
 //!   if it arrives while the round lasts. While the round has fewer sites than it wants, each site that
 //!   becomes ready joins it.
+//! - Deadlines, and the local steps of slow sites, may follow the sites' [`Pace`] in earlier rounds, which is
+//!   stored with the run. The run's clock ([`State::cumulative_step`]) runs as if all took the full number.
+//! - With over-selection a round puts more sites to work than it waits for and ends with the first deltas;
+//!   those that come later are late.
 //! - Deltas are taken while the run is paused too (what was trained is not wasted), but the round does not
 //!   end before the run goes on.
 //!
@@ -40,6 +44,7 @@
 mod effect;
 mod event;
 mod instruction;
+mod pace;
 mod participation;
 mod plan;
 mod progress;
@@ -52,7 +57,7 @@ mod simulation;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use consort_common::{ids::SiteName, units::UnixMs};
 
@@ -60,8 +65,9 @@ pub use self::{
     effect::{Effect, RoundRecord, Weighted},
     event::{ContributionFacts, Evaluation, Event, ReducedFacts, Rejection, RoundStatistics},
     instruction::{Instruction, Participation},
+    pace::Pace,
     plan::Plan,
-    state::{Contribution, Evaluating, Phase, Reducing, RunStatus, Standing, State, Training},
+    state::{Assignment, Contribution, Evaluating, Phase, Reducing, RunStatus, Standing, State, Training},
 };
 
 /// How long deadlines wait for sites to come back after the aggregator's restart, in milliseconds.
@@ -83,8 +89,8 @@ pub struct Run {
 /// What is known of the sites at this moment; never stored.
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Roster {
-    /// Connected and ready for the run.
-    ready: BTreeSet<SiteName>,
+    /// Connected and ready for the run, with the tokens that they have to train on.
+    ready: BTreeMap<SiteName, u64>,
     /// Until then sites may still be on their way back after a restart; 0: no longer.
     patient_until_ms: UnixMs,
 }
@@ -97,8 +103,9 @@ impl Run {
 
     /// A run as it was stored; nobody is connected. Perform [`Run::resume_effects`] next.
     pub fn restore(plan: &Plan, state: State, now: UnixMs) -> Self {
-        let patience_ms = plan.deadline_ms().map_or(RECONNECT_MS_MAX, |ms| ms.min(RECONNECT_MS_MAX));
-        let roster = Roster { ready: BTreeSet::new(), patient_until_ms: now.saturating_add(patience_ms) };
+        let patience_ms =
+            plan.deadline_ms(&state.pace).map_or(RECONNECT_MS_MAX, |ms| ms.min(RECONNECT_MS_MAX));
+        let roster = Roster { ready: BTreeMap::new(), patient_until_ms: now.saturating_add(patience_ms) };
         Self { state, roster }
     }
 
@@ -107,8 +114,8 @@ impl Run {
         &self.state
     }
 
-    /// The sites that are connected and ready, by name.
-    pub fn ready(&self) -> &BTreeSet<SiteName> {
+    /// The sites that are connected and ready, by name, with the tokens that they have to train on.
+    pub fn ready(&self) -> &BTreeMap<SiteName, u64> {
         &self.roster.ready
     }
 
@@ -150,7 +157,7 @@ impl Run {
         let is_patient = self.roster.patient_until_ms > 0;
         let is_unheard = |site: &&SiteName| {
             !self.state.has_evaluated(site, self.state.version)
-                && (is_patient || self.roster.ready.contains(*site))
+                && (is_patient || self.roster.ready.contains_key(*site))
         };
         evaluating.asked.iter().filter(is_unheard).collect()
     }

@@ -1,16 +1,18 @@
 //! Who is selected, and what each contribution counts: functions of the seed and of sorted lists, never of
 //! the order in which sites arrived.
 
+use std::collections::BTreeMap;
+
 use consort_common::{
     ids::{Digest, SiteName},
-    spec::Weighting,
+    spec::{Sampling, Weighting},
 };
-use rand::{SeedableRng, seq::SliceRandom};
+use rand::{RngCore, SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 
-use super::{effect::Weighted, state::Contribution};
+use super::{Plan, effect::Weighted, state::Contribution};
 
-/// What a selection is drawn for.
+/// What a selection is drawn for, and how.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Draw {
     /// The run's.
@@ -19,30 +21,63 @@ pub(super) struct Draw {
     pub round: u32,
     /// From 1.
     pub attempt: u32,
+    /// The run's.
+    pub sampling: Sampling,
 }
 
-/// Chooses `count` sites uniformly out of `candidates` (sorted), or all where there are no more; sorted.
-///
-/// The generator is ChaCha8, seeded with BLAKE3 over the seed, round and attempt (little-endian) and the
-/// candidates' names, each ended by a line feed.
-pub(super) fn select(draw: Draw, candidates: &[SiteName], count: usize) -> Vec<SiteName> {
-    debug_assert!(candidates.is_sorted());
-    if count >= candidates.len() {
-        return candidates.to_vec();
+impl Draw {
+    pub(super) fn new(plan: &Plan, round: u32, attempt: u32) -> Self {
+        Self { seed: plan.seed(), round, attempt, sampling: plan.sampling() }
     }
-    let mut text = Vec::new();
-    text.extend(draw.seed.to_le_bytes());
-    text.extend(draw.round.to_le_bytes());
-    text.extend(draw.attempt.to_le_bytes());
-    for site in candidates {
-        text.extend(site.as_str().as_bytes());
-        text.push(b'\n');
+
+    /// ChaCha8, seeded with BLAKE3 over the seed, round and attempt (little-endian) and the candidates' names,
+    /// each ended by a line feed.
+    pub(super) fn generator(self, candidates: &BTreeMap<SiteName, u64>) -> ChaCha8Rng {
+        let mut text = Vec::new();
+        text.extend(self.seed.to_le_bytes());
+        text.extend(self.round.to_le_bytes());
+        text.extend(self.attempt.to_le_bytes());
+        for site in candidates.keys() {
+            text.extend(site.as_str().as_bytes());
+            text.push(b'\n');
+        }
+        ChaCha8Rng::from_seed(*Digest::of(&text).as_bytes())
     }
-    let mut generator = ChaCha8Rng::from_seed(*Digest::of(&text).as_bytes());
-    let mut order = candidates.to_vec();
-    let (chosen, _) = order.partial_shuffle(&mut generator, count);
-    chosen.sort();
-    chosen.to_vec()
+}
+
+/// Chooses `count` out of the candidates, which have so many tokens to train on, without replacement, or all
+/// where there are no more; sorted.
+pub(super) fn select(draw: Draw, candidates: &BTreeMap<SiteName, u64>, count: usize) -> Vec<SiteName> {
+    let mut sites: Vec<SiteName> = candidates.keys().cloned().collect();
+    if count >= sites.len() {
+        return sites;
+    }
+    let mut generator = draw.generator(candidates);
+    match draw.sampling {
+        // The chosen ones come to the slice's end.
+        Sampling::Uniform => sites = sites.partial_shuffle(&mut generator, count).0.to_vec(),
+        Sampling::Tokens => {
+            let times: BTreeMap<SiteName, f64> = candidates
+                .iter()
+                .map(|(site, tokens)| (site.clone(), arrival_time(generator.next_u64(), *tokens)))
+                .collect();
+            sites.sort_by(|a, b| times[a].total_cmp(&times[b]));
+        }
+    }
+    sites.truncate(count);
+    sites.sort();
+    sites
+}
+
+/// When a candidate arrives: the first `count` to do so are a sample without replacement in which each next
+/// one is drawn in proportion to the weights of those left. -ln(u) / w, with u uniform over (0, 1] in steps of
+/// 2^-53, falls as the key u^(1/w) of Efraimidis and Spirakis (Information Processing Letters 97, 2006,
+/// algorithm A) rises, and does not round to 1 where weights are large. A site that reports no tokens weighs
+/// as much as one token. libm's logarithm is the same on every machine.
+fn arrival_time(bits: u64, tokens: u64) -> f64 {
+    const STEP: f64 = 1.0 / (1_u64 << 53) as f64;
+    let uniform = ((bits >> 11) + 1) as f64 * STEP;
+    -libm::log(uniform) / tokens.max(1) as f64
 }
 
 /// The shares of contributions in canonical order.

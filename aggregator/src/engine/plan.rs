@@ -1,6 +1,8 @@
 //! The numbers of a run that the engine decides by: read-only, derived from the run specification.
 
-use consort_common::spec::{RunSpec, Weighting};
+use consort_common::spec::{RunSpec, Sampling, Weighting};
+
+use super::Pace;
 
 /// How long the sites have to report their held-out loss of the last version, in milliseconds.
 pub const EVALUATION_DEADLINE_MS: u64 = 10 * 60 * 1000;
@@ -28,14 +30,19 @@ impl Plan {
         self.spec.seed
     }
 
-    /// Local steps of one assignment.
+    /// Local steps of one assignment, but for slow sites; and steps of the run's clock per round.
     pub fn local_steps(&self) -> u32 {
         self.spec.training.local_steps
     }
 
-    /// Tokens that one assignment trains.
-    pub fn tokens_per_assignment(&self) -> u64 {
-        self.spec.tokens(self.spec.training.local_steps)
+    /// Fewest local steps that a slow site is given; none: every site takes as many.
+    pub fn minimum_steps(&self) -> Option<u32> {
+        Some(self.spec.participation.minimum_steps).filter(|steps| *steps > 0)
+    }
+
+    /// Tokens that `steps` local steps train.
+    pub fn tokens(&self, steps: u32) -> u64 {
+        self.spec.tokens(steps)
     }
 
     /// The cumulative step at which `round` (from 1) begins.
@@ -48,12 +55,22 @@ impl Plan {
         self.spec.outer.weighting
     }
 
-    /// Milliseconds that an attempt at a round may last; none: as long as it takes.
-    pub fn deadline_ms(&self) -> Option<u64> {
-        match self.spec.participation.deadline_seconds {
-            0 => None,
-            seconds => Some(seconds.saturating_mul(1000)),
-        }
+    /// Milliseconds that an attempt at a round may last, where the sites had this pace; none: as long as it
+    /// takes.
+    pub fn deadline_ms(&self, pace: &Pace) -> Option<u64> {
+        let participation = &self.spec.participation;
+        let milliseconds = |seconds: u64| seconds.saturating_mul(1000);
+        let fixed_ms = Some(participation.deadline_seconds).filter(|seconds| *seconds > 0).map(milliseconds);
+        let adaptive_ms = participation.adaptive_deadline.as_ref().and_then(|adaptive| {
+            let usual_ms = pace.usual_ms(adaptive.deviations)?;
+            Some(usual_ms.max(milliseconds(adaptive.minimum_seconds.max(1))))
+        });
+        [fixed_ms, adaptive_ms].into_iter().flatten().min()
+    }
+
+    /// Whether deadlines follow the sites' pace.
+    pub fn has_adaptive_deadline(&self) -> bool {
+        self.spec.participation.adaptive_deadline.is_some()
     }
 
     /// Milliseconds that the evaluation of the last version may last.
@@ -81,8 +98,19 @@ impl Plan {
         self.minimum_clients().max(self.spec.participation.quorum as usize)
     }
 
-    /// Sites that a round selects out of `ready`: all, or so many per round (and at least the quorum).
-    pub fn sites_to_select(&self, ready: usize) -> usize {
+    /// How the sites of a round are drawn.
+    pub fn sampling(&self) -> Sampling {
+        self.spec.participation.sampling
+    }
+
+    /// Sites that a round selects beyond those that it waits for.
+    pub fn over_selection(&self) -> usize {
+        self.spec.participation.over_selection as usize
+    }
+
+    /// Deltas that a round waits for, with so many sites `ready`: of all, or so many per round (and at least
+    /// the quorum).
+    pub fn sites_wanted(&self, ready: usize) -> usize {
         let participation = &self.spec.participation;
         match participation.clients_per_round {
             0 => ready,
@@ -90,12 +118,18 @@ impl Plan {
         }
     }
 
+    /// Deltas that are waited for of the `selected` sites of an attempt, where the round wants so many: all
+    /// but those that were selected beyond need.
+    pub fn awaited(&self, selected: usize, wanted: usize) -> usize {
+        if self.over_selection() == 0 { selected } else { selected.min(wanted) }
+    }
+
     /// Deltas without which a round is not committed. Where the specification leaves the quorum open, it
-    /// is all of the `selected` sites of the attempt. An attempt may select fewer than the `wanted` sites
-    /// of the first, because sites are gone, but the quorum stays at least the minimum of clients.
+    /// is all that are awaited of the `selected` sites of the attempt. An attempt may select fewer than are
+    /// `wanted`, because sites are gone, but the quorum stays at least the minimum of clients.
     pub fn quorum(&self, selected: usize, wanted: usize) -> usize {
         match self.spec.participation.quorum {
-            0 => selected.max(self.minimum_clients().min(wanted)),
+            0 => self.awaited(selected, wanted).max(self.minimum_clients().min(wanted)),
             quorum => quorum as usize,
         }
     }

@@ -1,11 +1,14 @@
 //! What follows by itself: after an event the run moves on as far as it can, from phase to phase.
 
-use std::mem;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    mem,
+};
 
-use consort_common::ids::SiteName;
+use consort_common::{ids::SiteName, units::UnixMs};
 
 use super::{
-    Contribution, Evaluating, Phase, Reducing, Run, RunStatus, Standing, Training,
+    Assignment, Contribution, Evaluating, Phase, Reducing, Run, RunStatus, Standing, State, Training,
     participation::{Draw, select},
     step::Turn,
     words,
@@ -49,37 +52,43 @@ impl Turn<'_> {
     }
 
     fn try_begin(&mut self) -> bool {
-        let ready: Vec<SiteName> = self.run.roster.ready.iter().cloned().collect();
+        let ready = &self.run.roster.ready;
         if ready.len() < self.plan.sites_to_begin() {
             return false;
         }
         let round = self.run.state.version.saturating_add(1);
-        let draw = Draw { seed: self.plan.seed(), round, attempt: 1 };
-        let chosen = select(draw, &ready, self.plan.sites_to_select(ready.len()));
+        let draw = Draw::new(self.plan, round, 1);
+        let wanted = self.plan.sites_wanted(ready.len());
+        let chosen = select(draw, ready, wanted.saturating_add(self.plan.over_selection()));
         self.say(format!("round {round} began with {}", words::names(&chosen)));
         self.run.state.phase = Phase::Training(Training {
             round,
             attempt: 1,
             started_ms: self.now,
-            deadline_ms: self.plan.deadline_ms().map(|ms| self.now.saturating_add(ms)),
-            wanted: chosen.len(),
-            sites: chosen.into_iter().map(|site| (site, Standing::Working)).collect(),
+            deadline_ms: self.deadline_from_now(),
+            wanted,
+            sites: BTreeMap::new(),
+            assignments: BTreeMap::new(),
         });
+        self.put_to_work(chosen);
         true
     }
 
     fn try_end_training(&mut self) -> bool {
         let overdue = self.run.deadline_ms().is_some_and(|deadline_ms| deadline_ms <= self.now);
+        let deadline_ms = self.deadline_from_now();
         let Phase::Training(training) = &mut self.run.state.phase else { return false };
         let delivered = training.contributions().count();
         let quorum = self.plan.quorum(training.selected(), training.wanted);
         let all_in = training.working().next().is_none();
-        if delivered >= quorum && (all_in || overdue) {
+        // Those beyond need are not waited for.
+        let enough = self.plan.over_selection() > 0 && delivered >= training.wanted;
+        if delivered >= quorum && (all_in || enough || overdue) {
             self.end_training();
             return true;
         }
         if overdue {
-            training.deadline_ms = self.plan.deadline_ms().map(|ms| self.now.saturating_add(ms));
+            training.deadline_ms = deadline_ms;
             self.changed = true;
             self.replace(|_, _| true);
             return true;
@@ -109,31 +118,56 @@ impl Turn<'_> {
     /// Puts ready sites to work in the places that are free: those not tried in this round first.
     fn fill_places(&mut self, is_new_attempt: bool) {
         let Phase::Training(training) = &mut self.run.state.phase else { return };
-        let places = training.wanted.saturating_sub(training.selected());
+        let places = (training.wanted + self.plan.over_selection()).saturating_sub(training.selected());
         if places == 0 {
             return;
         }
         let ready = &self.run.roster.ready;
-        let fresh: Vec<SiteName> =
-            ready.iter().filter(|site| !training.sites.contains_key(*site)).cloned().collect();
-        let is_replaced = |site: &&SiteName| training.sites.get(*site) == Some(&Standing::Replaced);
-        let tried: Vec<SiteName> = ready.iter().filter(is_replaced).cloned().collect();
+        let ready_with = |wanted: Option<&Standing>| -> BTreeMap<SiteName, u64> {
+            let has = |(site, _): &(&SiteName, &u64)| training.sites.get(*site) == wanted;
+            ready.iter().filter(has).map(|(site, tokens)| (site.clone(), *tokens)).collect()
+        };
+        let (fresh, tried) = (ready_with(None), ready_with(Some(&Standing::Replaced)));
         if fresh.is_empty() && tried.is_empty() {
             return;
         }
         if is_new_attempt {
             training.attempt = training.attempt.saturating_add(1);
         }
-        let draw = Draw { seed: self.plan.seed(), round: training.round, attempt: training.attempt };
+        let draw = Draw::new(self.plan, training.round, training.attempt);
         let mut chosen = select(draw, &fresh, places);
         chosen.extend(select(draw, &tried, places - chosen.len()));
-        training.sites.extend(chosen.iter().map(|site| (site.clone(), Standing::Working)));
         let (round, attempt) = (training.round, training.attempt);
         self.say(format!("round {round}, attempt {attempt}: {} to train", words::names(&chosen)));
+        self.put_to_work(chosen);
+    }
+
+    /// A site that was tried before goes on with what it was put to work on then.
+    fn put_to_work(&mut self, chosen: Vec<SiteName>) {
+        let State { phase: Phase::Training(training), pace, .. } = &mut self.run.state else { return };
+        training.sites.extend(chosen.iter().map(|site| (site.clone(), Standing::Working)));
+        let full = self.plan.local_steps();
+        let steps = self.plan.minimum_steps().map(|minimum| pace.steps(training.sites.keys(), minimum, full));
+        for site in chosen {
+            let steps = steps.as_ref().and_then(|steps| steps.get(&site)).copied().unwrap_or(full);
+            let assignment = Assignment { began_ms: Some(self.now), steps };
+            training.assignments.entry(site).or_insert(assignment);
+        }
+    }
+
+    /// When an attempt that begins now ends, if it does.
+    pub(super) fn deadline_from_now(&self) -> Option<UnixMs> {
+        self.plan.deadline_ms(&self.run.state.pace).map(|ms| self.now.saturating_add(ms))
     }
 
     fn end_training(&mut self) {
         let Phase::Training(training) = &mut self.run.state.phase else { return };
+        if self.plan.has_adaptive_deadline() {
+            self.run.state.pace.record_durations(training, self.now);
+        }
+        if self.plan.minimum_steps().is_some() {
+            self.run.state.pace.record_speeds(training.contributions());
+        }
         // A BTreeMap by site name: the canonical order.
         let contributions: Vec<Contribution> = mem::take(&mut training.sites)
             .into_values()
@@ -164,7 +198,7 @@ impl Turn<'_> {
     }
 
     pub(super) fn begin_evaluating(&mut self, contributions: Vec<Contribution>) {
-        let mut asked = self.run.roster.ready.clone();
+        let mut asked: BTreeSet<SiteName> = self.run.roster.ready.keys().cloned().collect();
         asked.extend(contributions.into_iter().map(|one| one.site));
         let deadline_ms = self.now.saturating_add(self.plan.evaluation_deadline_ms());
         self.run.state.phase = Phase::Evaluating(Evaluating { asked, deadline_ms });

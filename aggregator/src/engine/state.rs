@@ -8,7 +8,7 @@ use std::{
 use consort_common::{ids::SiteName, units::UnixMs};
 use serde::{Deserialize, Serialize};
 
-use super::{Effect, Plan, event::ContributionFacts, participation};
+use super::{Effect, Pace, Plan, event::ContributionFacts, participation};
 
 /// Versions, newest first, whose evaluations are still taken. Sites measure a version while it is the
 /// newest, or at most a round later; remembering who reported each version ever would make the state grow.
@@ -32,6 +32,9 @@ pub struct State {
     pub evaluated: BTreeMap<u32, BTreeSet<SiteName>>,
     /// Committed versions to be published and not known to be; at most [`UNPUBLISHED_VERSIONS_MAX`].
     pub unpublished: BTreeSet<u32>,
+    /// The sites' pace in earlier rounds.
+    #[serde(default)]
+    pub pace: Pace,
 }
 
 /// Whether a run is to make progress.
@@ -99,10 +102,23 @@ pub struct Training {
     pub started_ms: UnixMs,
     /// When this attempt ends; none: when all at work have delivered.
     pub deadline_ms: Option<UnixMs>,
-    /// Sites that the first attempt selected.
+    /// Deltas that the round waits for: of the sites that the first attempt selected, but for those beyond
+    /// need.
     pub wanted: usize,
     /// Every site that was selected in any attempt.
     pub sites: BTreeMap<SiteName, Standing>,
+    /// What each of them was put to work on: once per round, since in each attempt it is the same task.
+    #[serde(default)]
+    pub assignments: BTreeMap<SiteName, Assignment>,
+}
+
+/// What a site was put to work on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Assignment {
+    /// When; none: unknown, or the run was paused since, so that the time it takes says nothing.
+    pub began_ms: Option<UnixMs>,
+    /// Local steps to take.
+    pub steps: u32,
 }
 
 impl Training {
@@ -117,6 +133,17 @@ impl Training {
             Standing::Delivered(contribution) => Some(contribution),
             Standing::Working | Standing::Replaced => None,
         })
+    }
+
+    /// Deltas with which the round is complete.
+    pub fn goal(&self, plan: &Plan) -> usize {
+        self.wanted.max(plan.awaited(self.selected(), self.wanted))
+    }
+
+    /// Local steps that `site` was given. States stored by earlier versions have no assignments: each was of
+    /// the full number.
+    pub fn steps(&self, site: &SiteName, plan: &Plan) -> u32 {
+        self.assignments.get(site).map_or(plan.local_steps(), |assignment| assignment.steps)
     }
 
     /// Sites at work and deltas accepted: what the attempt has selected.
@@ -195,6 +222,7 @@ impl State {
             phase: Phase::Waiting,
             evaluated: BTreeMap::new(),
             unpublished: BTreeSet::new(),
+            pace: Pace::default(),
         }
     }
 
@@ -209,12 +237,17 @@ impl State {
     }
 
     /// Whose deltas the round in progress averages, and their shares, in canonical order: while sites train,
-    /// if all deliver that are waited for and no other.
+    /// if all deliver that are waited for and no other; nothing while nobody can tell whose they will be.
     pub fn expected(&self, plan: &Plan) -> Vec<(SiteName, f64)> {
         let (sites, tokens): (Vec<_>, Vec<_>) = match &self.phase {
+            Phase::Training(training)
+                if training.selected() > plan.awaited(training.selected(), training.wanted) =>
+            {
+                return Vec::new();
+            }
             Phase::Training(training) => {
                 let assigned = |(site, standing): (&SiteName, &Standing)| match standing {
-                    Standing::Working => Some((site.clone(), plan.tokens_per_assignment())),
+                    Standing::Working => Some((site.clone(), plan.tokens(training.steps(site, plan)))),
                     Standing::Delivered(contribution) => Some((site.clone(), contribution.assigned_tokens)),
                     Standing::Replaced => None,
                 };

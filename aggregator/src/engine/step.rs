@@ -55,7 +55,7 @@ impl Turn<'_> {
     /// Every handler checks everything before it changes anything.
     fn apply(&mut self, event: Event) -> Result<(), Rejection> {
         match event {
-            Event::SiteReady(site) => self.site_ready(site),
+            Event::SiteReady { site, train_tokens } => self.site_ready(site, train_tokens),
             Event::SiteGone(site) => {
                 self.site_gone(&site);
                 Ok(())
@@ -95,7 +95,7 @@ impl Turn<'_> {
 
     /// A site that is still to report its last held-out loss gets a while to come back.
     fn site_gone(&mut self, site: &SiteName) {
-        let gone = self.run.roster.ready.remove(site);
+        let gone = self.run.roster.ready.remove(site).is_some();
         self.changed |= gone;
         let state = &self.run.state;
         let awaited = matches!(&state.phase, Phase::Evaluating(evaluating) if evaluating.asked.contains(site))
@@ -118,6 +118,7 @@ impl Turn<'_> {
 
     /// Deadlines begin anew, since the sites were idle; sites that are gone lose their place.
     fn resume(&mut self) -> Result<(), Rejection> {
+        let deadline_ms = self.deadline_from_now();
         let state = &mut self.run.state;
         if state.status != RunStatus::Paused {
             return Err(Rejection::WrongStatus { action: "resumed", status: state.status.clone() });
@@ -126,11 +127,16 @@ impl Turn<'_> {
         self.say("the run goes on");
         match &mut self.run.state.phase {
             Phase::Training(training) => {
-                training.deadline_ms = self.plan.deadline_ms().map(|ms| self.now.saturating_add(ms));
+                training.deadline_ms = deadline_ms;
+                let undelivered =
+                    |site: &SiteName| !matches!(training.sites.get(site), Some(Standing::Delivered(_)));
+                for (_, assignment) in training.assignments.iter_mut().filter(|(site, _)| undelivered(site)) {
+                    assignment.began_ms = None;
+                }
                 let ready = &self.run.roster.ready;
                 // With nobody connected the aggregator has just restarted, which says nothing about sites.
                 if !ready.is_empty() {
-                    self.replace(|site, run| !run.roster.ready.contains(site));
+                    self.replace(|site, run| !run.roster.ready.contains_key(site));
                 }
             }
             Phase::Reducing(reducing) => {
@@ -162,15 +168,15 @@ impl Turn<'_> {
 
     // What sites do.
 
-    fn site_ready(&mut self, site: SiteName) -> Result<(), Rejection> {
+    fn site_ready(&mut self, site: SiteName, train_tokens: u64) -> Result<(), Rejection> {
         let ready = &mut self.run.roster.ready;
-        if ready.len() >= SITES_MAX && !ready.contains(&site) {
+        if ready.len() >= SITES_MAX && !ready.contains_key(&site) {
             return Err(Rejection::TooManySites { site, limit: SITES_MAX });
         }
         if let Phase::Evaluating(evaluating) = &mut self.run.state.phase {
             self.changed |= evaluating.asked.insert(site.clone());
         }
-        self.changed |= ready.insert(site);
+        self.changed |= ready.insert(site, train_tokens) != Some(train_tokens);
         Ok(())
     }
 
@@ -194,6 +200,7 @@ impl Turn<'_> {
             Phase::Waiting => return Err(Rejection::NotAssigned { site, round }),
             Phase::Evaluating(_) | Phase::Done => return Err(over),
         };
+        let steps = training.steps(&site, self.plan);
         let standing = match training.sites.get_mut(&site) {
             None => return Err(Rejection::NotAssigned { site, round }),
             Some(Standing::Delivered(first)) => {
@@ -202,15 +209,15 @@ impl Turn<'_> {
             }
             Some(standing) => standing,
         };
-        check_facts(&facts, self.plan)?;
-        let assigned_tokens = self.plan.tokens_per_assignment();
+        check_facts(&facts, steps, self.plan)?;
+        let assigned_tokens = self.plan.tokens(steps);
         let contribution = Contribution { site: site.clone(), assigned_tokens, accepted_ms: self.now, facts };
         let late = *standing == Standing::Replaced;
         *standing = Standing::Delivered(contribution.clone());
-        let (count, wanted) = (training.contributions().count(), training.wanted.max(training.selected()));
+        let (count, goal) = (training.contributions().count(), training.goal(self.plan));
         self.effects.push(Effect::RecordContribution { round, contribution });
         let late = if late { " late" } else { "" };
-        self.say(format!("{site} delivered{late} for round {round} ({count} of {wanted})"));
+        self.say(format!("{site} delivered{late} for round {round} ({count} of {goal})"));
         Ok(())
     }
 
@@ -327,9 +334,9 @@ fn again(first: &Contribution, round: u32, facts: &ContributionFacts) -> Result<
 }
 
 /// Refuses facts that exceed the assignment, or that no training gives (a stored state holds no NaN).
-fn check_facts(facts: &ContributionFacts, plan: &Plan) -> Result<(), Rejection> {
-    check_claim("steps", u64::from(facts.steps), u64::from(plan.local_steps()))?;
-    check_claim("tokens", facts.tokens, plan.tokens_per_assignment())?;
+fn check_facts(facts: &ContributionFacts, steps: u32, plan: &Plan) -> Result<(), Rejection> {
+    check_claim("steps", u64::from(facts.steps), u64::from(steps))?;
+    check_claim("tokens", facts.tokens, plan.tokens(steps))?;
     check_measurement("the training loss", facts.train_loss)?;
     check_measurement("the training time", facts.train_seconds)?;
     check_measurement("the delta's norm", facts.delta_norm)

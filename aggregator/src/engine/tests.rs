@@ -1,5 +1,8 @@
 //! Each rule of the engine as a sentence. [`World`] is one run with a clock that tests move by hand.
 
+mod pace;
+mod selection;
+
 use consort_common::{
     codec::Encoding,
     ids::{Digest, SiteName},
@@ -7,7 +10,7 @@ use consort_common::{
 };
 
 use super::{
-    participation::{Draw, select, weighted},
+    participation::weighted,
     plan::EVALUATION_DEADLINE_MS,
     state::EVALUATED_VERSIONS_MAX,
     step::{EVALUATION_PATIENCE_MS, REDUCE_RETRY_MS_MIN},
@@ -23,6 +26,10 @@ pub(super) fn spec() -> RunSpec {
 
 pub(super) fn site(name: &str) -> SiteName {
     name.parse().unwrap()
+}
+
+pub(super) fn ready(name: &str) -> Event {
+    Event::SiteReady { site: site(name), train_tokens: 1000 }
 }
 
 /// What site `name` honestly delivers in `round`.
@@ -86,7 +93,7 @@ impl World {
 
     fn ready(&mut self, sites: &[&str]) {
         for name in sites {
-            self.ok(Event::SiteReady(site(name)));
+            self.ok(ready(name));
         }
     }
 
@@ -206,7 +213,7 @@ fn a_run_goes_through_its_rounds_and_its_last_evaluation() {
 fn a_run_that_was_not_started_selects_nobody() {
     let mut run = Run::new();
     let plan = Plan::new(&spec());
-    run.step(&plan, Event::SiteReady(site("bank")), 1).unwrap();
+    run.step(&plan, ready("bank"), 1).unwrap();
     assert_eq!(run.state().phase, Phase::Waiting);
     assert!(matches!(run.instruction(&plan, &site("bank")), Instruction::Idle { .. }));
     run.step(&plan, Event::Start, 1).unwrap();
@@ -230,32 +237,6 @@ fn connected_sites_that_are_not_ready_prepare() {
     world.ok(Event::Pause);
     assert_eq!(world.instruction("b"), Instruction::Prepare);
     assert!(matches!(world.instruction("a"), Instruction::Idle { .. }));
-}
-
-#[test]
-fn selection_depends_on_the_seed_and_the_set_only() {
-    let names: Vec<SiteName> = ('a'..='h').map(|c| site(&c.to_string())).collect();
-    let draw = |seed, round, attempt| select(Draw { seed, round, attempt }, &names, 3);
-    assert_eq!(draw(1, 1, 1), draw(1, 1, 1));
-    assert!(draw(1, 1, 1).is_sorted());
-    let draws: BTreeSet<Vec<SiteName>> = (0..50).map(|round| draw(1, round, 1)).collect();
-    assert!(draws.len() > 20, "rounds differ");
-    assert!((0..10).any(|attempt| draw(1, 1, attempt) != draw(1, 1, 1)), "attempts differ");
-    assert!((0..10).any(|seed| draw(seed, 1, 1) != draw(1, 1, 1)), "seeds differ");
-    let mut selected = std::collections::BTreeMap::<SiteName, u32>::new();
-    for round in 0..8000 {
-        for one in draw(7, round, 1) {
-            *selected.entry(one).or_default() += 1;
-        }
-    }
-    for (name, times) in selected {
-        assert!((2800..3200).contains(&times), "{name} was selected {times} times, 3000 expected");
-    }
-
-    let forwards = World::with((4, 2, 0, 0), &["a", "b", "c", "d"]);
-    let backwards = World::with((4, 2, 0, 0), &["d", "c", "b", "a"]);
-    assert_eq!(forwards.working(), backwards.working());
-    assert_eq!(forwards.working().len(), 2);
 }
 
 #[test]
@@ -774,10 +755,7 @@ fn a_run_has_room_for_so_many_sites() {
         world.ready(&[format!("site-{number}").as_str()]);
     }
     let limit = SITES_MAX;
-    assert_eq!(
-        world.step(Event::SiteReady(site("one-more"))),
-        Err(Rejection::TooManySites { site: site("one-more"), limit })
-    );
+    assert_eq!(world.step(ready("one-more")), Err(Rejection::TooManySites { site: site("one-more"), limit }));
     world.ready(&["site-0"]);
 }
 

@@ -22,22 +22,22 @@ impl Run {
         }
         match &self.state.phase {
             Phase::Waiting => sites_to_begin(self, plan),
-            Phase::Training(training) => self.deltas(training, now),
+            Phase::Training(training) => self.deltas(plan, training, now),
             Phase::Reducing(reducing) => reduction(reducing, now),
             Phase::Evaluating(evaluating) => self.evaluations(evaluating, now),
             Phase::Done => "nothing: the run is finished".to_owned(),
         }
     }
 
-    fn deltas(&self, training: &Training, now: UnixMs) -> String {
+    fn deltas(&self, plan: &Plan, training: &Training, now: UnixMs) -> String {
         let delivered = training.contributions().count();
-        let mut remarks = vec![format!("{delivered} of {} in", training.wanted.max(training.selected()))];
+        let mut remarks = vec![format!("{delivered} of {} in", training.goal(plan))];
         let missing = training.wanted.saturating_sub(training.selected());
         if missing > 0 {
             remarks.push(format!("{} to join", count(missing, "more site", "more sites")));
         }
         let away: Vec<&SiteName> =
-            training.working().filter(|site| !self.roster.ready.contains(*site)).collect();
+            training.working().filter(|site| !self.roster.ready.contains_key(*site)).collect();
         if !away.is_empty() {
             remarks.push(format!("not connected: {}", names(away)));
         }

@@ -330,16 +330,63 @@ pub struct ParticipationSpec {
     pub minimum_clients: u32,
     /// Sites selected per round; 0: all that are ready.
     pub clients_per_round: u32,
+    /// How they are drawn out of those that are ready.
+    pub sampling: Sampling,
+    /// Sites selected beyond `clients_per_round`: the round ends with the first `clients_per_round` deltas
+    /// (Bonawitz et al., arXiv 1902.01046, section 3.2, select 130 % of what they need).
+    pub over_selection: u32,
+    /// Fewest local steps that a slow site is given; 0: every site takes `training.local_steps`.
+    pub minimum_steps: u32,
     /// Deltas without which no round is committed; 0: as many as were selected.
     pub quorum: u32,
     /// Seconds until a round ends with its quorum, or selects anew without it; 0: no deadline.
     pub deadline_seconds: u64,
+    /// A deadline that follows the sites' pace; where both are there, the earlier one holds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adaptive_deadline: Option<AdaptiveDeadline>,
 }
 
 impl Default for ParticipationSpec {
     fn default() -> Self {
-        Self { minimum_clients: 1, clients_per_round: 0, quorum: 0, deadline_seconds: 0 }
+        Self {
+            minimum_clients: 1,
+            clients_per_round: 0,
+            sampling: Sampling::Uniform,
+            over_selection: 0,
+            minimum_steps: 0,
+            quorum: 0,
+            deadline_seconds: 0,
+            adaptive_deadline: None,
+        }
     }
+}
+
+/// A deadline from the time that sites took in earlier rounds: median + deviations x MAD, where MAD is the
+/// median absolute deviation from the median.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdaptiveDeadline {
+    /// How many MADs beyond the median; for normally distributed times 1.48 MADs are a standard deviation.
+    pub deviations: f64,
+    /// Seconds that a round may last in any case.
+    pub minimum_seconds: u64,
+}
+
+impl Default for AdaptiveDeadline {
+    fn default() -> Self {
+        Self { deviations: 6.0, minimum_seconds: 60 }
+    }
+}
+
+/// How the sites of a round are drawn, without replacement, by a generator that the run's seed determines.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Sampling {
+    /// Each is as likely as any other.
+    #[default]
+    Uniform,
+    /// In proportion to the tokens that it has to train on, as it reports them.
+    Tokens,
 }
 
 /// How deltas travel.

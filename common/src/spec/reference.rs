@@ -18,7 +18,7 @@ mod tests {
     use crate::{
         model::{Architecture, Gpt2Config, LlamaConfig, MptAttentionConfig, MptConfig, RopeScaling},
         schedule::Schedule,
-        spec::{OuterOptimizer, OuterSpec, StartSpec, TokenizerSpec, TrainingSpec},
+        spec::{AdaptiveDeadline, OuterOptimizer, OuterSpec, StartSpec, TokenizerSpec, TrainingSpec},
     };
 
     /// A section as the reference writes it: active, or commented out as an alternative.
@@ -145,6 +145,7 @@ mod tests {
                 spec.outer.optimizer =
                     OuterOptimizer::FedYogi { learning_rate: 0.1, beta1: 0.9, beta2: 0.9, tau: 0.1 };
             }),
+            with(&|spec| spec.participation.adaptive_deadline = Some(AdaptiveDeadline::default())),
         ]
     }
 
@@ -194,6 +195,6 @@ mod tests {
                 tried += 1;
             }
         }
-        assert_eq!(tried, 14, "alternatives in the reference");
+        assert_eq!(tried, 15, "alternatives in the reference");
     }
 }

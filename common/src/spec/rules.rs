@@ -1,8 +1,8 @@
 //! What a specification must hold beyond its types: ranges, and keys that must fit each other.
 
 use super::{
-    CheckpointSpec, EvaluationSpec, OptimizerSpec, OuterOptimizer, ParticipationSpec, RunSpec, TokenizerSpec,
-    TrainingSpec, validate::Problem,
+    AdaptiveDeadline, CheckpointSpec, EvaluationSpec, OptimizerSpec, OuterOptimizer, ParticipationSpec,
+    RunSpec, Sampling, TokenizerSpec, TrainingSpec, validate::Problem,
 };
 use crate::{
     chunk::{CHUNK_PARAMETERS_MAX, CHUNK_PARAMETERS_MIN},
@@ -25,6 +25,7 @@ pub const CLIENTS_MAX: u32 = 4_096;
 pub const DEADLINE_SECONDS_MAX: u64 = 90 * 24 * 3600;
 /// Most tokens that one site trains in a whole run. Sums over [`CLIENTS_MAX`] sites still fit 64 bits.
 pub const TOKENS_PER_SITE_MAX: u64 = 1_000_000_000_000_000;
+const DEVIATIONS_MAX: f64 = 1000.0;
 const LOCAL_STEPS_MAX: u32 = 1_000_000;
 const BATCH_SIZE_MAX: u32 = 1 << 16;
 const EVALUATION_TOKENS_MAX: u64 = 1_000_000_000_000;
@@ -48,7 +49,7 @@ pub(super) fn problems(spec: &RunSpec, faulty: &[String]) -> Vec<Problem> {
     schedule(&mut rules, &spec.training.schedule, spec.run_steps());
     tokens(&mut rules, spec);
     outer(&mut rules, &spec.outer.optimizer);
-    participation(&mut rules, &spec.participation);
+    participation(&mut rules, &spec.participation, spec.training.local_steps);
     evaluation(&mut rules, &spec.evaluation);
     checkpoints(&mut rules, &spec.checkpoints);
     rules.problems
@@ -254,13 +255,40 @@ fn outer(rules: &mut Rules<'_>, optimizer: &OuterOptimizer) {
     }
 }
 
-fn participation(rules: &mut Rules<'_>, participation: &ParticipationSpec) {
-    let ParticipationSpec { minimum_clients, clients_per_round, quorum, deadline_seconds } = *participation;
+fn participation(rules: &mut Rules<'_>, participation: &ParticipationSpec, local_steps: u32) {
+    let ParticipationSpec {
+        minimum_clients,
+        clients_per_round,
+        sampling,
+        over_selection,
+        minimum_steps,
+        quorum,
+        deadline_seconds,
+        ref adaptive_deadline,
+    } = *participation;
     rules.check(&["participation.minimum_clients"], (1..=CLIENTS_MAX).contains(&minimum_clients), || {
         format!("is {minimum_clients}; allowed: 1 to {CLIENTS_MAX}")
     });
     rules.check(&["participation.clients_per_round"], clients_per_round <= CLIENTS_MAX, || {
         format!("is {clients_per_round}; allowed: 0 (all that are ready) to {CLIENTS_MAX}")
+    });
+    let draws = clients_per_round > 0 || sampling == Sampling::Uniform;
+    rules.check(&["participation.sampling", "participation.clients_per_round"], draws, || {
+        "is \"tokens\", but with participation.clients_per_round = 0 all sites take part and none are drawn; \
+         allowed then: \"uniform\""
+            .to_owned()
+    });
+    let paths = ["participation.over_selection", "participation.clients_per_round"];
+    let room = if clients_per_round == 0 { 0 } else { CLIENTS_MAX.saturating_sub(clients_per_round) };
+    rules.check(&paths, over_selection <= room, || match clients_per_round {
+        0 => format!("is {over_selection}, but with participation.clients_per_round = 0 all sites are selected; allowed then: 0"),
+        _ => format!("is {over_selection}; allowed: 0 to {room}, for {CLIENTS_MAX} sites in all"),
+    });
+    let paths = ["participation.minimum_steps", "training.local_steps"];
+    rules.check(&paths, minimum_steps <= local_steps, || {
+        format!(
+            "is {minimum_steps}; allowed: 0 (no site takes fewer) to training.local_steps = {local_steps}"
+        )
     });
     let selected = clients_per_round == 0 || quorum <= clients_per_round;
     rules.check(&["participation.quorum", "participation.clients_per_round"], selected, || {
@@ -272,6 +300,20 @@ fn participation(rules: &mut Rules<'_>, participation: &ParticipationSpec) {
     rules.check(&["participation.deadline_seconds"], deadline_seconds <= DEADLINE_SECONDS_MAX, || {
         format!("is {deadline_seconds}; allowed: 0 (none) to {DEADLINE_SECONDS_MAX}")
     });
+    if let Some(AdaptiveDeadline { deviations, minimum_seconds }) = *adaptive_deadline {
+        let path = "participation.adaptive_deadline.deviations";
+        let holds = (0.0..=DEVIATIONS_MAX).contains(&deviations);
+        rules.number(path, deviations, holds, "0 to 1000");
+        let path = "participation.adaptive_deadline.minimum_seconds";
+        let (most, named) = match deadline_seconds {
+            0 => (DEADLINE_SECONDS_MAX, String::new()),
+            fixed => (fixed, " = participation.deadline_seconds, beyond which no round lasts".to_owned()),
+        };
+        let holds = (1..=most).contains(&minimum_seconds);
+        rules.check(&[path, "participation.deadline_seconds"], holds, || {
+            format!("is {minimum_seconds}; allowed: 1 to {most}{named}")
+        });
+    }
 }
 
 fn evaluation(rules: &mut Rules<'_>, evaluation: &EvaluationSpec) {

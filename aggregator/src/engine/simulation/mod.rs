@@ -7,21 +7,25 @@
 //! A failure prints its seed. `CONSORT_SIMULATION_SEED=<seed> CONSORT_SIMULATION_SCHEDULES=1` replays it,
 //! with every event.
 
+mod tally;
 mod world;
 
 use std::panic::catch_unwind;
 
 use consort_common::{
     ids::{Digest, SiteName},
-    spec::{RunSpec, Weighting},
+    spec::{AdaptiveDeadline, RunSpec, Sampling, Weighting},
 };
 use rand::{Rng, SeedableRng, seq::IndexedRandom};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
-use self::world::{Tally, Terms, World};
+use self::{
+    tally::{Tally, Terms},
+    world::World,
+};
 use super::{
-    tests::{facts, site, spec},
+    tests::{site, spec},
     *,
 };
 
@@ -79,6 +83,9 @@ fn check_tally(tally: &Tally, schedules: u64) {
         ("duplicates", tally.duplicates),
         ("conflicts", tally.conflicts),
         ("late", tally.late),
+        ("spared", tally.spared),
+        ("adapted deadlines", tally.adapted),
+        ("shortened assignments", tally.shortened),
         ("failed reductions", tally.failed_reductions),
     ] {
         assert!(count > schedules / 50, "{what}: {count}");
@@ -96,7 +103,7 @@ fn schedule(specification: &RunSpec, seed: u64, trace: bool) -> Tally {
     if dice.random_ratio(2, 3) {
         world.take(Event::Start);
         for site in &sites {
-            world.take(Event::SiteReady(site.clone()));
+            world.take(ready(site));
         }
     }
     for _ in 0..dice.random_range(0..=CHAOS_EVENTS_MAX) {
@@ -123,14 +130,27 @@ fn random_plan(specification: &RunSpec, sites: u32, dice: &mut ChaCha8Rng) -> (P
     let most = if dice.random_ratio(1, 20) { sites + 1 } else { sites };
     participation.minimum_clients = dice.random_range(0..=most);
     participation.clients_per_round = if dice.random() { 0 } else { dice.random_range(1..=sites) };
+    participation.sampling = if dice.random() { Sampling::Tokens } else { Sampling::Uniform };
+    let may_over_select = participation.clients_per_round > 0 && dice.random_ratio(1, 3);
+    participation.over_selection = if may_over_select { dice.random_range(1..=3) } else { 0 };
     participation.quorum = if dice.random() { 0 } else { dice.random_range(1..=most) };
     participation.deadline_seconds = if dice.random_ratio(2, 3) { dice.random_range(1..=100) } else { 0 };
+    participation.minimum_steps = if dice.random() { 0 } else { dice.random_range(1..=4) };
+    participation.adaptive_deadline = dice.random_ratio(1, 2).then(|| AdaptiveDeadline {
+        deviations: dice.random_range(0.0..4.0),
+        minimum_seconds: dice.random_range(1..=20),
+    });
+    let adaptive = spec.participation.adaptive_deadline.as_ref();
     let terms = Terms {
         rounds: spec.rounds,
         minimum: spec.participation.minimum_clients.max(1) as usize,
         quorum: spec.participation.quorum as usize,
-        has_deadline: spec.participation.deadline_seconds > 0,
+        deadline_ms: spec.participation.deadline_seconds * 1000,
+        adaptive_minimum_ms: adaptive.map_or(0, |adaptive| adaptive.minimum_seconds * 1000),
         weighting: spec.outer.weighting,
+        minimum_steps: spec.participation.minimum_steps,
+        per_round: spec.participation.clients_per_round as usize,
+        over_selection: spec.participation.over_selection as usize,
     };
     (Plan::new(&spec), terms)
 }
@@ -139,7 +159,7 @@ fn random_plan(specification: &RunSpec, sites: u32, dice: &mut ChaCha8Rng) -> (P
 fn chaos(world: &mut World, sites: &[SiteName], dice: &mut ChaCha8Rng) {
     let one = sites.choose(dice).expect("at least one site").clone();
     match dice.random_range(0..100) {
-        0..18 => drop(world.take(Event::SiteReady(one))),
+        0..18 => drop(world.take(ready(&one))),
         18..23 => drop(world.take(Event::SiteGone(one))),
         23..28 => drop(world.take(Event::Start)),
         28..30 => drop(world.take(Event::Pause)),
@@ -179,9 +199,14 @@ fn chaos(world: &mut World, sites: &[SiteName], dice: &mut ChaCha8Rng) {
     }
 }
 
+fn ready(site: &SiteName) -> Event {
+    let train_tokens = 1000 * site.as_str().bytes().map(u64::from).sum::<u64>();
+    Event::SiteReady { site: site.clone(), train_tokens }
+}
+
 fn honest_delivery(world: &World, site: SiteName) -> Event {
     let round = world.state().round();
-    Event::Delivered { facts: facts(&site, round), site, round }
+    Event::Delivered { facts: world.honest_facts(&site, round), site, round }
 }
 
 /// Late, early, foreign, wrong, boasting or nonsensical.
@@ -262,7 +287,7 @@ fn calm(world: &mut World, sites: &[SiteName], dice: &mut ChaCha8Rng) {
                     assert_eq!(world.state().phase, Phase::Waiting, "too few sites for any round");
                     return;
                 }
-                let is_helped = live.len() < sites.len() && !world.terms.has_deadline;
+                let is_helped = live.len() < sites.len() && world.terms.deadline_ms == 0;
                 match world.run.next_timer() {
                     Some(timer_ms) => {
                         world.now = timer_ms;
@@ -297,9 +322,9 @@ fn cooperate(world: &mut World, live: &[SiteName]) -> bool {
         world.now += 1;
         let event = match world.run.instruction(&world.plan, site) {
             Instruction::Idle { .. } => continue,
-            Instruction::Prepare => Event::SiteReady(site.clone()),
+            Instruction::Prepare => ready(site),
             Instruction::Train { round, .. } => {
-                Event::Delivered { site: site.clone(), round, facts: facts(site, round) }
+                Event::Delivered { site: site.clone(), round, facts: world.honest_facts(site, round) }
             }
             Instruction::Evaluate { version } => {
                 let evaluation = Evaluation { version, loss: 1.0, tokens: 10, text_bytes: 40 };

@@ -5,57 +5,13 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use consort_common::{ids::SiteName, spec::Weighting};
 
-use super::super::{tests::reduced, *};
-
-/// How often things happened: a simulation that never gets anywhere proves nothing.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Tally {
-    pub steps: u64,
-    pub commits: u64,
-    pub chaotic_commits: u64,
-    /// Rounds that took several attempts; replaced sites' deltas that counted; sites that joined an
-    /// attempt under way.
-    pub retried: u64,
-    pub replaced: u64,
-    pub joined: u64,
-    pub duplicates: u64,
-    pub conflicts: u64,
-    pub late: u64,
-    pub rejections: u64,
-    pub crashes: u64,
-    pub failed_reductions: u64,
-    pub finished: u64,
-}
-
-impl Tally {
-    pub(super) fn add(self, other: Self) -> Self {
-        Self {
-            steps: self.steps + other.steps,
-            commits: self.commits + other.commits,
-            chaotic_commits: self.chaotic_commits + other.chaotic_commits,
-            retried: self.retried + other.retried,
-            replaced: self.replaced + other.replaced,
-            joined: self.joined + other.joined,
-            duplicates: self.duplicates + other.duplicates,
-            conflicts: self.conflicts + other.conflicts,
-            late: self.late + other.late,
-            rejections: self.rejections + other.rejections,
-            crashes: self.crashes + other.crashes,
-            failed_reductions: self.failed_reductions + other.failed_reductions,
-            finished: self.finished + other.finished,
-        }
-    }
-}
-
-/// What the specification says, as the oracle reads it.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Terms {
-    pub rounds: u32,
-    pub minimum: usize,
-    pub quorum: usize,
-    pub has_deadline: bool,
-    pub weighting: Weighting,
-}
+use super::{
+    super::{
+        tests::{facts, reduced},
+        *,
+    },
+    tally::{Tally, Terms},
+};
 
 pub(super) struct World {
     pub plan: Plan,
@@ -75,8 +31,8 @@ pub(super) struct World {
     evaluations: BTreeSet<(u32, SiteName)>,
     /// Deltas on disk, by round and site.
     spool: BTreeSet<(u32, SiteName)>,
-    /// Who was ever put to work, by round.
-    assigned: BTreeSet<(u32, SiteName)>,
+    /// Who was ever put to work, by round, and for how many steps.
+    assigned: BTreeMap<(u32, SiteName), u32>,
     /// A deadline passed in the round in progress, or the run was resumed.
     was_disturbed: bool,
     trace: bool,
@@ -98,7 +54,7 @@ impl World {
             commits: Vec::new(),
             evaluations: BTreeSet::new(),
             spool: BTreeSet::new(),
-            assigned: BTreeSet::new(),
+            assigned: BTreeMap::new(),
             was_disturbed: false,
             trace,
         }
@@ -106,6 +62,19 @@ impl World {
 
     pub(super) fn state(&self) -> &State {
         self.run.state()
+    }
+
+    /// What `site` delivers if it does as it was told in `round`, at its own speed.
+    pub(super) fn honest_facts(&self, site: &SiteName, round: u32) -> ContributionFacts {
+        let full = self.plan.local_steps();
+        let steps = self.assigned.get(&(round, site.clone())).copied().unwrap_or(full);
+        let slowness = site.as_str().bytes().last().unwrap_or_default() % 4 + 1;
+        ContributionFacts {
+            steps,
+            tokens: self.plan.tokens(steps),
+            train_seconds: 0.1 * f64::from(steps) * f64::from(slowness),
+            ..facts(site, round)
+        }
     }
 
     pub(super) fn note(&self, text: impl FnOnce() -> String) {
@@ -250,10 +219,11 @@ impl World {
             _ => None,
         };
         let first = self.contributions.get(&(round, site.clone()));
-        let is_assigned = self.assigned.contains(&(round, site.clone()));
-        let is_sane = facts.steps <= self.plan.local_steps()
-            && facts.tokens <= self.plan.tokens_per_assignment()
-            && facts.train_loss.is_finite();
+        let assigned_steps = self.assigned.get(&(round, site.clone())).copied();
+        let is_assigned = assigned_steps.is_some();
+        let steps = assigned_steps.unwrap_or_default();
+        let is_sane =
+            facts.steps <= steps && facts.tokens <= self.plan.tokens(steps) && facts.train_loss.is_finite();
         let is_current = is_running && (open_round == Some(round) || reduced_round == Some(round));
         match (first, outcome) {
             (Some(first), Ok(effects)) => {
@@ -299,26 +269,59 @@ impl World {
             self.was_disturbed |= is_overdue || *event == Event::Resume;
         }
         if let (Phase::Training(training), Phase::Reducing(reducing)) = (&before.phase, &after.phase) {
-            self.check_round_end(training, reducing);
+            self.tally.spared += u64::from(self.check_round_end(training, reducing));
         }
         if let Phase::Training(training) = &after.phase {
             if !matches!(&before.phase, Phase::Training(_)) {
                 assert_eq!(training.round, before.version.max(after.version) + 1);
                 assert!(training.wanted >= self.terms.quorum.max(1));
+                let ready = self.run.ready().len();
+                let most = if self.terms.per_round == 0 {
+                    ready
+                } else {
+                    self.terms.per_round.max(self.terms.quorum)
+                };
+                assert_eq!(training.wanted, ready.min(most));
+                assert_eq!(training.sites.len(), ready.min(training.wanted + self.terms.over_selection));
                 self.was_disturbed = false;
-            } else if let (Event::SiteReady(_), Phase::Training(before)) = (event, &before.phase) {
+                self.tally.adapted += u64::from(self.check_deadline(training));
+            } else if let (Event::SiteReady { .. }, Phase::Training(before)) = (event, &before.phase) {
                 let has_joined =
                     training.attempt == before.attempt && training.selected() > before.selected();
                 self.tally.joined += u64::from(has_joined);
             }
-            let round = training.round;
-            self.assigned.extend(training.sites.keys().map(|site| (round, site.clone())));
+            for site in training.sites.keys() {
+                let steps = training.assignments[site].steps;
+                let full = self.plan.local_steps();
+                let least = if self.terms.minimum_steps == 0 { full } else { self.terms.minimum_steps };
+                assert!((least..=full).contains(&steps), "{steps} steps");
+                let before = self.assigned.insert((training.round, site.clone()), steps);
+                assert_eq!(before.unwrap_or(steps), steps, "an assignment holds for the whole round");
+                self.tally.shortened += u64::from(before.is_none() && steps < full);
+            }
         }
     }
 
+    /// A round's first deadline is within the specification's bounds; whether it follows from earlier rounds.
+    fn check_deadline(&self, training: &Training) -> bool {
+        let Terms { deadline_ms: fixed_ms, adaptive_minimum_ms: minimum_ms, .. } = self.terms;
+        let span_ms = training.deadline_ms.map(|deadline_ms| deadline_ms - self.now);
+        match span_ms {
+            None => assert!(fixed_ms == 0, "a round has its fixed deadline"),
+            Some(span_ms) if fixed_ms > 0 && span_ms == fixed_ms => {}
+            Some(span_ms) => {
+                assert!(minimum_ms > 0 && training.round > 3, "a deadline out of nothing");
+                assert!(fixed_ms == 0 || span_ms < fixed_ms);
+                assert!(span_ms >= minimum_ms);
+                return true;
+            }
+        }
+        false
+    }
+
     /// A round ends with all that was accepted for it, never without its quorum, and where nothing went
-    /// wrong with all that were selected.
-    fn check_round_end(&self, training: &Training, reducing: &Reducing) {
+    /// wrong with all that were selected, or all that it waited for; whether it left some out for that.
+    fn check_round_end(&self, training: &Training, reducing: &Reducing) -> bool {
         let mut accepted: BTreeSet<&SiteName> =
             self.contributions_of(training.round).map(|one| &one.site).collect();
         // The event's own contribution is recorded right after this check.
@@ -331,8 +334,10 @@ impl World {
         };
         assert!(reduced.len() >= least, "round {} ends with {} of {least}", training.round, reduced.len());
         if !self.was_disturbed {
-            assert_eq!(reduced.len(), training.sites.len(), "no site is left out without cause");
+            let awaited = if self.terms.over_selection > 0 { training.wanted } else { training.sites.len() };
+            assert_eq!(reduced.len(), awaited, "no site is left out without cause");
         }
+        self.terms.over_selection > 0 && !self.was_disturbed && training.sites.len() > reduced.len()
     }
 
     fn contributions_of(&self, round: u32) -> impl Iterator<Item = &Contribution> {
@@ -347,6 +352,14 @@ impl World {
         assert!(weights.iter().all(|weight| *weight > 0.0 && *weight <= 1.0));
         if self.terms.weighting == Weighting::Uniform {
             assert!(weights.windows(2).all(|pair| pair[0] == pair[1]));
+        }
+        if self.terms.weighting == Weighting::Tokens {
+            let steps = |one: &Weighted| self.assigned[&(record.round, one.contribution.site.clone())];
+            let all: u32 = record.contributions.iter().map(steps).sum();
+            for one in &record.contributions {
+                let share = f64::from(steps(one)) / f64::from(all);
+                assert!((one.weight - share).abs() <= 1e-12, "weights follow the assigned steps");
+            }
         }
         let names: Vec<&SiteName> = record.contributions.iter().map(|one| &one.contribution.site).collect();
         assert!(names.windows(2).all(|pair| pair[0] < pair[1]), "in canonical order, each once: {names:?}");
@@ -371,16 +384,17 @@ impl World {
     pub(super) fn check_words(&self, site: &SiteName) {
         assert!(!self.run.waiting_for(&self.plan, self.now).is_empty());
         let state = self.state();
-        let is_ready = self.run.ready().contains(site);
+        let is_ready = self.run.ready().contains_key(site);
         let instruction = self.run.instruction(&self.plan, site);
         let shall_prepare = matches!(state.status, RunStatus::Active | RunStatus::Paused) && !is_ready;
         assert_eq!(instruction == Instruction::Prepare, shall_prepare);
         if let Instruction::Train { round, first_step, steps, tokens, evaluate_base, .. } = instruction {
-            assert!(self.assigned.contains(&(round, site.clone())), "only who was selected trains");
+            let assigned_steps = self.assigned.get(&(round, site.clone())).copied();
+            assert_eq!(assigned_steps, Some(steps), "only who was selected trains");
             assert!(!self.contributions.contains_key(&(round, site.clone())), "who delivered is done");
             assert_eq!(round, self.commits.len() as u32 + 1);
             assert_eq!(first_step, state.cumulative_step);
-            assert_eq!((steps, tokens), (self.plan.local_steps(), self.plan.tokens_per_assignment()));
+            assert_eq!(tokens, self.plan.tokens(steps));
             assert_eq!(evaluate_base, self.plan.evaluates(state.version));
         }
         if self.run.participation(site) == Participation::Working

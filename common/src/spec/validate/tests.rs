@@ -225,6 +225,49 @@ fn keys_that_must_fit_each_other_are_checked_together() {
         "participation = { minimum_clients = 4, clients_per_round = 2, quorum = 3 }",
         &["participation.quorum is 3; allowed: 0 to participation.clients_per_round = 2"],
     );
+    check("participation = { clients_per_round = 3, sampling = \"tokens\" }", &[]);
+    check(
+        "participation.sampling = \"tokens\"",
+        &[
+            "participation.sampling is \"tokens\", but with participation.clients_per_round = 0 all sites take part and none are drawn; allowed then: \"uniform\"",
+        ],
+    );
+    check(
+        "participation = { clients_per_round = 3, sampling = \"size\" }",
+        &[r#"participation.sampling is "size"; allowed: "uniform", "tokens""#],
+    );
+    check("participation = { clients_per_round = 3, over_selection = 1 }", &[]);
+    check(
+        "participation.over_selection = 1",
+        &[
+            "participation.over_selection is 1, but with participation.clients_per_round = 0 all sites are selected; allowed then: 0",
+        ],
+    );
+    check(
+        "participation = { clients_per_round = 4000, over_selection = 97 }",
+        &["participation.over_selection is 97; allowed: 0 to 96, for 4096 sites in all"],
+    );
+    check("participation.adaptive_deadline = {}", &[]);
+    check(
+        "participation.adaptive_deadline = { deviations = -1.0, minimum_seconds = 0 }",
+        &[
+            "participation.adaptive_deadline.deviations is -1; allowed: 0 to 1000",
+            "participation.adaptive_deadline.minimum_seconds is 0; allowed: 1 to 7776000",
+        ],
+    );
+    check(
+        "participation = { deadline_seconds = 50, adaptive_deadline = {} }",
+        &[
+            "participation.adaptive_deadline.minimum_seconds is 60; allowed: 1 to 50 = participation.deadline_seconds, beyond which no round lasts",
+        ],
+    );
+    check("participation = { minimum_steps = 100 }", &[]);
+    check(
+        "participation = { minimum_steps = 101 }",
+        &[
+            "participation.minimum_steps is 101; allowed: 0 (no site takes fewer) to training.local_steps = 100",
+        ],
+    );
     check("evaluation = { every_rounds = 0, held_out_fraction = 0.0, tokens_max = 0 }", &[]);
     check(
         "evaluation.held_out_fraction = 0.0",

@@ -1,0 +1,68 @@
+//! What the oracle goes by, and what it counts.
+
+use consort_common::spec::Weighting;
+
+/// How often things happened: a simulation that never gets anywhere proves nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Tally {
+    pub steps: u64,
+    pub commits: u64,
+    pub chaotic_commits: u64,
+    /// Rounds that took several attempts; replaced sites' deltas that counted; sites that joined an
+    /// attempt under way.
+    pub retried: u64,
+    pub replaced: u64,
+    pub joined: u64,
+    pub duplicates: u64,
+    pub conflicts: u64,
+    pub late: u64,
+    /// Rounds that ended without some of the sites that were selected beyond need.
+    pub spared: u64,
+    /// Rounds that began with a deadline that followed from earlier ones.
+    pub adapted: u64,
+    /// Assignments of fewer than the full local steps.
+    pub shortened: u64,
+    pub rejections: u64,
+    pub crashes: u64,
+    pub failed_reductions: u64,
+    pub finished: u64,
+}
+
+impl Tally {
+    pub(super) fn add(self, other: Self) -> Self {
+        Self {
+            steps: self.steps + other.steps,
+            commits: self.commits + other.commits,
+            chaotic_commits: self.chaotic_commits + other.chaotic_commits,
+            retried: self.retried + other.retried,
+            replaced: self.replaced + other.replaced,
+            joined: self.joined + other.joined,
+            duplicates: self.duplicates + other.duplicates,
+            conflicts: self.conflicts + other.conflicts,
+            late: self.late + other.late,
+            spared: self.spared + other.spared,
+            adapted: self.adapted + other.adapted,
+            shortened: self.shortened + other.shortened,
+            rejections: self.rejections + other.rejections,
+            crashes: self.crashes + other.crashes,
+            failed_reductions: self.failed_reductions + other.failed_reductions,
+            finished: self.finished + other.finished,
+        }
+    }
+}
+
+/// What the specification says, as the oracle reads it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Terms {
+    pub rounds: u32,
+    pub minimum: usize,
+    pub quorum: usize,
+    /// 0: none.
+    pub deadline_ms: u64,
+    /// Of the deadline that follows the sites' pace; 0: there is none.
+    pub adaptive_minimum_ms: u64,
+    pub weighting: Weighting,
+    pub minimum_steps: u32,
+    pub per_round: usize,
+    pub over_selection: usize,
+}
