@@ -121,7 +121,8 @@ impl MptConfig {
             "attn_config": {
                 "alibi": true,
                 "alibi_bias_max": 8,
-                "attn_pdrop": 0.0,
+                // transformers 5 takes a whole number only.
+                "attn_pdrop": 0,
                 "attn_type": "multihead_attention",
                 "clip_qkv": self.attn_config.clip_qkv,
                 "prefix_lm": false,
