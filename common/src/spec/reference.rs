@@ -156,7 +156,6 @@ mod tests {
             }),
             with(&|spec| spec.outer.optimizer = OuterOptimizer::FedAvg {}),
             with(&|spec| spec.outer.optimizer = OuterOptimizer::default()),
-            with(&|spec| spec.participation.adaptive_deadline = Some(AdaptiveDeadline::default())),
             with(&|spec| {
                 spec.outer.optimizer = OuterOptimizer::Sgd { learning_rate: 1.0, momentum: 0.5 };
             }),
@@ -168,6 +167,7 @@ mod tests {
                 spec.outer.optimizer =
                     OuterOptimizer::FedYogi { learning_rate: 0.1, beta1: 0.9, beta2: 0.9, tau: 0.1 };
             }),
+            with(&|spec| spec.participation.adaptive_deadline = Some(AdaptiveDeadline::default())),
         ]
     }
 
