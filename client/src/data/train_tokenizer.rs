@@ -2,8 +2,8 @@
 //! first token is the end of text, then the 256 bytes, then one token for each merge (Sennrich et al., arXiv
 //! 1508.07909, section 3.2, over bytes as in Radford et al., 2019).
 //!
-//! The sample is the documents with the least BLAKE3 digests, as many as its bound holds: the same whatever the
-//! order of the files and the number of threads, and without repetitions. So is the tokenizer. Memory is the
+//! The sample is the documents with the least BLAKE3 digests, up to the first that its bound does not hold: the
+//! same whatever the order of the files and the number of threads, and without repetitions. So is the tokenizer. Memory is the
 //! sample, the sample's distinct words and a batch of pieces.
 
 use std::collections::BTreeMap;
@@ -108,21 +108,23 @@ pub fn train_tokenizer(
 struct Sample {
     texts: BTreeMap<u64, String>,
     bytes: u64,
+    /// The least digest that was let go: none from it on belongs to the sample, however short its document.
+    end: Option<u64>,
 }
 
 impl Sample {
     /// Takes a document in and lets those go that are beyond the bound; the first one stays in any case.
     fn add(&mut self, digest: u64, text: &str, bytes_max: u64) {
-        let is_beyond =
-            self.bytes >= bytes_max && self.texts.last_key_value().is_some_and(|last| digest > *last.0);
+        let is_beyond = self.end.is_some_and(|end| digest >= end);
         if is_beyond || text.trim().is_empty() || self.texts.contains_key(&digest) {
             return;
         }
         self.texts.insert(digest, text.to_owned());
         self.bytes += text.len() as u64;
         while self.bytes > bytes_max && self.texts.len() > 1 {
-            let removed = self.texts.pop_last().map_or(0, |(_, text)| text.len());
-            self.bytes -= removed as u64;
+            let Some((digest, text)) = self.texts.pop_last() else { break };
+            self.bytes -= text.len() as u64;
+            self.end = Some(digest);
         }
     }
 }
@@ -195,6 +197,8 @@ fn read_batch(reader: &mut Reader<'_>) -> Vec<Piece> {
 mod tests {
     use std::fs;
 
+    use proptest::prelude::*;
+
     use super::*;
     use crate::data::Tokenizer as Encoder;
 
@@ -246,6 +250,33 @@ mod tests {
             let trained = pool.install(|| train(&request(&other, 350, 20_000))).unwrap();
             assert_eq!(trained.skipped, 1);
             assert!(trained.json == expected.json, "{threads} threads");
+        }
+    }
+
+    proptest! {
+        /// Lengths differ by up to a hundred times.
+        #[test]
+        fn the_sample_is_the_least_digests_that_fit_whatever_the_order(
+            documents in prop::collection::btree_map(any::<u64>(), prop_oneof![1usize..10, 100usize..1000], 1..40)
+                .prop_flat_map(|map| Just(map.into_iter().collect::<Vec<_>>()).prop_shuffle()),
+            bytes_max in 1u64..3_000,
+        ) {
+            let mut sample = Sample::default();
+            for (digest, length) in documents.iter().chain(&documents) {
+                sample.add(*digest, &"x".repeat(*length), bytes_max);
+            }
+            let mut sorted = documents;
+            sorted.sort_unstable();
+            let mut bytes = 0;
+            let fits = |(index, (_, length)): &(usize, &(u64, usize))| {
+                bytes += *length as u64;
+                *index == 0 || bytes <= bytes_max
+            };
+            let expected = sorted.iter().enumerate().take_while(fits).map(|(_, document)| *document);
+            let expected: Vec<(u64, usize)> = expected.collect();
+            let found: Vec<_> = sample.texts.iter().map(|(digest, text)| (*digest, text.len())).collect();
+            prop_assert_eq!(sample.bytes, found.iter().map(|(_, length)| *length as u64).sum::<u64>());
+            prop_assert_eq!(found, expected);
         }
     }
 
