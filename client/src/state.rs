@@ -36,7 +36,7 @@ pub enum StateError {
     #[error("the folder {path} is in use by another consort-client: stop that one first, or give this one a folder of its own (state_directory, or --out)", path = .0.display())]
     InUse(PathBuf),
     /// A file in it cannot be read or written.
-    #[error("cannot {action} {path}: {source}; check state_directory, its owner and the space on its disk", path = path.display())]
+    #[error("cannot {action} {path}: {source}; check the folder's owner and the space on its disk", path = path.display())]
     Io {
         /// What was attempted.
         action: &'static str,
@@ -46,7 +46,7 @@ pub enum StateError {
         source: io::Error,
     },
     /// A file in it cannot be replaced; the error names it.
-    #[error("{0}; check state_directory, its owner and the space on its disk")]
+    #[error("{0}; check the folder's owner and the space on its disk")]
     Write(#[source] io::Error),
 }
 

@@ -11,9 +11,7 @@ use super::documents::TXT_DOCUMENT_BYTES_MAX;
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
     /// The source is missing or unreadable.
-    #[error(
-        "cannot read the data source {path}: {source}; name a readable file or directory in the configuration"
-    )]
+    #[error("cannot read the data source {path}: {source}; name a file or directory that this user can read")]
     Source {
         /// The source as configured.
         path: PathBuf,
@@ -132,7 +130,7 @@ pub enum DataError {
         bytes_written: u64,
     },
     /// The cache cannot be read or written.
-    #[error("cannot {action} {path}: {source}; check the permissions of the state directory")]
+    #[error("cannot {action} {path}: {source}; check the folder's permissions")]
     Cache {
         /// "create", "write", "open".
         action: &'static str,

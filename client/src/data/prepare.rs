@@ -2,8 +2,8 @@
 //!
 //! The next batch is read while the current one is parsed, hashed and encoded on all cores; documents are
 //! written in the order of the sources, so the shards are the same bytes whatever the number of threads.
-//! Memory is two batches (each [`BATCH_BYTES`] and one piece more) with their tokens, and eight bytes for
-//! every distinct document.
+//! Memory is two batches (each [`BATCH_BYTES`] and one piece more) with their tokens, and 10 to 21 bytes for
+//! every distinct document (half as much again while the table of their digests grows).
 
 use std::{collections::HashSet, path::PathBuf};
 
@@ -25,7 +25,8 @@ use super::{
 const BATCH_BYTES: usize = 16 << 20;
 /// Or to this many pieces.
 const BATCH_PIECES_MAX: usize = 1 << 16;
-/// Documents that later ones are compared with: 2^27 digests take some 2 GB. Past it duplicates of later
+/// Documents that later ones are compared with: a table of 2^27 digests takes 2.4 GB (2^28 places of 9 bytes,
+/// since at most 7 of 8 are filled), and 3.6 GB while it grows to that. Past it duplicates of later
 /// documents go unnoticed, and are counted as not compared.
 const DIGESTS_MAX: usize = 1 << 27;
 /// Changes whenever the same sources would give other shards.

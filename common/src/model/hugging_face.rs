@@ -86,7 +86,7 @@ impl<'a> ConfigReader<'a> {
         self.0.get(key).filter(|value| !value.is_null())
     }
 
-    /// The object at `key`, empty when absent.
+    /// The object at `key`, nothing when absent.
     pub(super) fn object(&self, key: &str) -> Result<Option<ConfigReader<'a>>, ConfigError> {
         self.typed(key, "an object", Value::as_object).map(|object| object.map(ConfigReader))
     }
