@@ -12,7 +12,9 @@ use consort_common::{
 use super::{Finding, failed, passed, warning};
 use crate::{
     data::survey,
-    trainer::{Device, DeviceChoice, describe, memory, memory_bytes_needed, set_threads},
+    trainer::{
+        Device, DeviceChoice, checkpoint_bytes_needed, describe, memory, memory_bytes_needed, set_threads,
+    },
 };
 
 /// Vectors of the model's size that the state directory holds at most: while a round's result is made
@@ -139,7 +141,10 @@ pub(super) fn device(choice: DeviceChoice, threads: u32, active: Option<&RunSpec
         _ => describe(device),
     };
     let Some(spec) = active else { return passed(found) };
-    let needed = memory_bytes_needed(&spec.model, &spec.training);
+    let mut needed = memory_bytes_needed(&spec.model, &spec.training);
+    if matches!(device, Device::Cpu) {
+        needed += checkpoint_bytes_needed(&spec.model);
+    }
     let needs = format!("run {} needs about {}", spec.name, units::bytes(needed));
     match memory(device) {
         Err(error) => failed(format!("{found}: {error}")),

@@ -42,7 +42,7 @@ pub use self::{
     generate::Sampling,
     language_model::LanguageModel,
     optimizer::Moments,
-    step::{Phases, StepOutcome, StepResult, Trainer, memory_bytes_needed},
+    step::{Phases, StepOutcome, StepResult, Trainer, checkpoint_bytes_needed, memory_bytes_needed},
     worker::{Worker, WorkerError},
 };
 

@@ -346,3 +346,9 @@ pub fn memory_bytes_needed(architecture: &Architecture, training: &TrainingSpec)
         if training.precision == Precision::Bf16 { 2 * architecture.manifest().parameters() } else { 0 };
     FLOAT * (state + tokens * per_token) + rounded
 }
+
+/// Host memory that the copy for a checkpoint takes while it is written, in bytes: parameters and two moments
+/// in fp32. On a CPU it comes on top of [`memory_bytes_needed`].
+pub fn checkpoint_bytes_needed(architecture: &Architecture) -> u64 {
+    3 * size_of::<f32>() as u64 * architecture.manifest().parameters()
+}
