@@ -104,7 +104,10 @@ pub fn train(trainer: &mut Trainer, job: &Job) -> Result<Trained, WorkError> {
                 return Err(error.into());
             }
         }
-        steps.save_if_due()?;
+        // After the last step the result is at hand, and is kept at once.
+        if steps.done() < u64::from(job.task.steps) {
+            steps.save_if_due()?;
+        }
     }
     let Checkpoint { progress, parameters, moments } = steps.finish()?;
     let none =

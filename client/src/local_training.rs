@@ -65,7 +65,7 @@ pub enum TrainingError {
         /// What differs, in words.
         differences: Vec<String>,
     },
-    /// The checkpoint cannot be used.
+    /// The checkpoint cannot be read.
     #[error("{0}; begin anew with --fresh if it cannot be restored")]
     Checkpoint(#[from] CheckpointError),
     /// The table of metrics cannot be used.
@@ -74,18 +74,9 @@ pub enum TrainingError {
     /// The folder cannot be used.
     #[error(transparent)]
     State(#[from] StateError),
-    /// The text cannot be read or is too short, or a step failed.
+    /// The text cannot be read or is too short, a step failed, or no checkpoint can be written.
     #[error(transparent)]
-    Steps(StepsError),
-}
-
-impl From<StepsError> for TrainingError {
-    fn from(error: StepsError) -> Self {
-        match error {
-            StepsError::Checkpoint(error) => Self::Checkpoint(error),
-            error => Self::Steps(error),
-        }
-    }
+    Steps(#[from] StepsError),
 }
 
 impl From<TrainerError> for TrainingError {
@@ -222,6 +213,12 @@ impl Folder {
         self.path.join("text")
     }
 
+    /// Whether there are metrics and nothing to go on with, as after a training's end, or before its first
+    /// checkpoint.
+    pub fn has_only_metrics(&self) -> bool {
+        self.metrics().is_file() && !self.checkpoint().exists()
+    }
+
     fn checkpoint(&self) -> PathBuf {
         self.path.join("training.checkpoint")
     }
@@ -320,7 +317,7 @@ impl<'a> LocalTraining<'a> {
         let steps = Steps::new(&mut self.trainer, text, 0, self.progress, writer, checkpoint_interval)?;
         let mut loop_ = Loop { steps, metrics, held_out, cancelled, measured: None };
         match loop_.run(total, tell) {
-            Ok(()) => {}
+            Ok(()) => loop_.metrics.sync()?,
             Err(TrainingError::Steps(StepsError::Trainer(TrainerError::Cancelled))) => {
                 loop_.steps.save()?;
                 return Err(TrainingError::Stopped { step: loop_.steps.done(), steps: total });

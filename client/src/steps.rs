@@ -24,6 +24,8 @@ use crate::{
 const READ_INTERVAL: Duration = Duration::from_secs(1);
 /// Steps in a row without an update before a training is given up: loss or gradient were not finite in any.
 const STEPS_WITHOUT_UPDATE_MAX: u64 = 20;
+/// Checkpoints in a row that cannot be written before a training is given up: a full disk may be seen to.
+const CHECKPOINTS_FAILED_MAX: u32 = 5;
 
 /// Why a training cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -160,6 +162,8 @@ pub struct Steps<'a, T> {
     writer: Writer,
     checkpoint_interval: Duration,
     saved: Instant,
+    /// In a row.
+    checkpoints_failed: u32,
 }
 
 impl<'a, T: Clone + Serialize + Send + 'static> Steps<'a, T> {
@@ -190,6 +194,7 @@ impl<'a, T: Clone + Serialize + Send + 'static> Steps<'a, T> {
             writer,
             checkpoint_interval,
             saved: Instant::now(),
+            checkpoints_failed: 0,
         })
     }
 
@@ -281,15 +286,27 @@ impl<'a, T: Clone + Serialize + Send + 'static> Steps<'a, T> {
     }
 
     /// Begins to write a checkpoint if it is time for one and the last one is written. The training pays for the
-    /// copy out of the device.
+    /// copy out of the device. A checkpoint that could not be written is borne: what was there before still is,
+    /// and this one is the next attempt.
     ///
     /// # Errors
-    /// As [`Steps::take_tally`], or the last checkpoint could not be written.
+    /// As [`Steps::take_tally`], or too many checkpoints in a row could not be written.
     pub fn save_if_due(&mut self) -> Result<(), StepsError> {
         if self.saved.elapsed() < self.checkpoint_interval || self.writer.is_busy() {
             return Ok(());
         }
-        self.begin_to_save()
+        let before = self.writer.wait();
+        let begun = self.begin_to_save()?;
+        let Err(error) = before.and(begun) else {
+            self.checkpoints_failed = 0;
+            return Ok(());
+        };
+        self.checkpoints_failed += 1;
+        if self.checkpoints_failed >= CHECKPOINTS_FAILED_MAX {
+            return Err(error.into());
+        }
+        warn!("{error}; training goes on and tries it again");
+        Ok(())
     }
 
     /// Writes a checkpoint; durable on return.
@@ -297,14 +314,24 @@ impl<'a, T: Clone + Serialize + Send + 'static> Steps<'a, T> {
     /// # Errors
     /// As [`Steps::take_tally`], or it cannot be written.
     pub fn save(&mut self) -> Result<(), StepsError> {
-        self.begin_to_save()?;
+        self.settle();
+        self.begin_to_save()??;
         Ok(self.writer.wait()?)
     }
 
-    fn begin_to_save(&mut self) -> Result<(), StepsError> {
+    /// Waits for the checkpoint under way, whose copy is then gone from memory. What it came to no longer
+    /// counts: a newer one follows, or none is needed.
+    fn settle(&mut self) {
+        if let Err(error) = self.writer.wait() {
+            warn!("{error}");
+        }
+    }
+
+    /// Only while none is under way: there is memory for one copy. The inner error is the writer's.
+    fn begin_to_save(&mut self) -> Result<Result<(), CheckpointError>, StepsError> {
         self.saved = Instant::now();
         let checkpoint = self.checkpoint()?;
-        Ok(self.writer.begin(checkpoint)?)
+        Ok(self.writer.begin(checkpoint))
     }
 
     fn checkpoint(&mut self) -> Result<Checkpoint<Progress<T>>, StepsError> {
@@ -322,6 +349,7 @@ impl<'a, T: Clone + Serialize + Send + 'static> Steps<'a, T> {
     /// # Errors
     /// As [`Steps::take_tally`].
     pub fn finish(mut self) -> Result<Checkpoint<Progress<T>>, StepsError> {
+        self.settle();
         self.checkpoint()
     }
 }

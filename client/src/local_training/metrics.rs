@@ -114,6 +114,11 @@ impl Metrics {
         self.append(&row.text())
     }
 
+    /// Brings all rows to the disk.
+    pub(super) fn sync(&self) -> Result<(), MetricsError> {
+        self.file.sync_all().map_err(|error| self.failed(error))
+    }
+
     fn append(&mut self, text: &str) -> Result<(), MetricsError> {
         self.file.write_all(text.as_bytes()).map_err(|error| self.failed(error))
     }

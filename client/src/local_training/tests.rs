@@ -2,6 +2,8 @@
 
 use std::{cell::Cell, fs};
 
+use consort_common::atomic_file::partial_path;
+
 use super::*;
 use crate::{
     data::{Dataset, PrepareRequest, Source, Tokenizer, prepare},
@@ -264,4 +266,56 @@ fn two_trainings_do_not_share_a_folder() {
     assert!(matches!(error, StateError::InUse(_)) && error.to_string().contains("--out"), "{error}");
     drop(first);
     site.folder("x");
+}
+
+/// A folder in the place where checkpoints are written.
+fn obstacle(folder: &Folder) -> PathBuf {
+    let obstacle = partial_path(&folder.checkpoint());
+    fs::create_dir(&obstacle).unwrap();
+    obstacle
+}
+
+#[test]
+fn a_checkpoint_that_cannot_be_written_for_a_while_costs_nothing() {
+    let site = Site::new();
+    let start = site.start();
+    let request = Request { checkpoint_interval: Duration::ZERO, ..site.request(&start, 12) };
+    let expected = site.train(12);
+    let folder = site.folder("x");
+    let obstacle = obstacle(&folder);
+    // What failed in the background before does not keep the last checkpoint from being written.
+    let asked = Cell::new(0);
+    let stopped = run(&folder, request, &|| {
+        asked.set(asked.get() + 1);
+        asked.get() == 3 && fs::remove_dir(&obstacle).is_ok()
+    });
+    assert!(matches!(stopped, Err(TrainingError::Stopped { step: 2, .. })), "{stopped:?}");
+    assert_eq!(checkpoint::load::<Progress>(&folder.checkpoint()).unwrap().unwrap().progress.steps, 2);
+    let trained = run(&folder, request, &go_on).unwrap();
+    assert_eq!(bits(&trained.parameters), bits(&expected));
+}
+
+#[test]
+fn a_training_whose_checkpoints_cannot_be_written_is_given_up() {
+    let site = Site::new();
+    let start = site.start();
+    let request = Request { checkpoint_interval: Duration::ZERO, ..site.request(&start, 100_000) };
+    let folder = site.folder("x");
+    obstacle(&folder);
+    let error = run(&folder, request, &go_on).unwrap_err();
+    let expected = matches!(error, TrainingError::Steps(StepsError::Checkpoint(CheckpointError::Io { .. })));
+    assert!(expected && !error.to_string().contains("--fresh"), "{error}");
+}
+
+#[test]
+fn a_folder_has_only_metrics_once_its_training_is_over() {
+    let site = Site::new();
+    let start = site.start();
+    let folder = site.folder("x");
+    assert!(!folder.has_only_metrics());
+    assert!(run(&folder, site.request(&start, 4), &after(2)).is_err());
+    assert!(!folder.has_only_metrics());
+    run(&folder, site.request(&start, 4), &go_on).unwrap();
+    folder.forget().unwrap();
+    assert!(folder.has_only_metrics());
 }
