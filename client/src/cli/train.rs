@@ -39,7 +39,7 @@ pub(super) struct TrainArguments {
     /// Start from this checkpoint, a Hugging Face directory [default: the specification's, else new weights]
     #[arg(long, value_name = "CHECKPOINT")]
     from: Option<PathBuf>,
-    /// Begin anew, whatever an earlier training has left in OUT.training
+    /// Begin anew, whatever an earlier training has left in OUT.training, and replace what it came to
     #[arg(long)]
     fresh: bool,
     /// Optimizer steps, over which the learning rate's schedule extends [default: the run's]
@@ -80,8 +80,21 @@ impl TrainArguments {
         let toml = start.as_ref().map_or(toml, |start| start.specification.clone());
         let spec = RunSpec::parse(&toml)?;
         let folder = Folder::open(&beside(&self.out)?)?;
+        if let Some(start) = &start {
+            check_apart(&start.directory, &self.out)?;
+        }
+        if let Some(steps) = self.steps {
+            check_steps(&spec, steps)?;
+        }
         if self.fresh {
             folder.forget()?;
+        } else if folder.has_only_metrics() && is_checkpoint(&self.out) {
+            bail!(
+                "{} holds a finished training, and {} its metrics: name a new folder with --out, or train anew over \
+                 them with --fresh",
+                self.out.display(),
+                folder.metrics().display()
+            );
         }
         let device = self.device.open()?;
         let (tokenizer_json, end_of_text) = tokenizer(&spec.tokenizer, &self.specification)?;
@@ -243,6 +256,36 @@ pub(super) fn tokenizer(spec: &TokenizerSpec, specification: &Path) -> Result<(S
     }
 }
 
+fn is_checkpoint(folder: &Path) -> bool {
+    folder.join("config.json").is_file() && folder.join("model.safetensors").is_file()
+}
+
+/// Refuses `--steps` that the learning rate's schedule does not fit into, as a specification would be. Without
+/// any step there is no learning rate.
+fn check_steps(spec: &RunSpec, steps: u64) -> Result<()> {
+    let problems = if steps > 0 { spec.schedule_problems(steps) } else { Vec::new() };
+    if problems.is_empty() {
+        return Ok(());
+    }
+    let problems: Vec<String> = problems.iter().map(|problem| format!("\n  {problem}")).collect();
+    bail!("--steps is {steps}, into which the learning rate's schedule does not fit:{}", problems.concat())
+}
+
+/// Refuses to replace the checkpoint that training starts from: what it went on from would be gone.
+fn check_apart(start: &Path, out: &Path) -> Result<()> {
+    let same = match (start.canonicalize(), out.canonicalize()) {
+        (Ok(start), Ok(out)) => start == out,
+        _ => false, // what is not there yet is another folder
+    };
+    if same {
+        bail!(
+            "training starts from {}, which --out would replace: name another folder with --out",
+            out.display()
+        );
+    }
+    Ok(())
+}
+
 /// Refuses to replace a folder that holds something else: it would be gone.
 fn check_out(out: &Path) -> Result<()> {
     let is_empty = match fs::read_dir(out) {
@@ -250,7 +293,7 @@ fn check_out(out: &Path) -> Result<()> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         Err(error) => bail!("cannot write a checkpoint to {}: {error}", out.display()),
     };
-    if is_empty || (out.join("config.json").is_file() && out.join("model.safetensors").is_file()) {
+    if is_empty || is_checkpoint(out) {
         return Ok(());
     }
     bail!("{} holds something that is no checkpoint: name a new folder with --out", out.display())
@@ -282,5 +325,28 @@ mod tests {
         }
         check_out(&out).unwrap();
         assert!(check_out(&out.join("config.json")).is_err());
+    }
+
+    #[test]
+    fn the_checkpoint_that_training_starts_from_is_not_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let from = folder.path().join("from");
+        check_apart(&from, &from.join("../new")).unwrap();
+        fs::create_dir(&from).unwrap();
+        check_apart(&from, &folder.path().join("new")).unwrap();
+        let error = check_apart(&from, &from.join("../from/")).unwrap_err().to_string();
+        assert!(error.contains("--out would replace"), "{error}");
+    }
+
+    #[test]
+    fn steps_that_the_schedule_does_not_fit_into_are_refused() {
+        let schedule = "training.schedule = { kind = 'cosine', warmup_steps = 20 }";
+        let toml = format!("name = 'r'\nrounds = 1\nmodel.architecture = 'llama'\n{schedule}\n");
+        let spec = RunSpec::parse(&toml).unwrap();
+        for steps in [0, 20, 1_000_000] {
+            check_steps(&spec, steps).unwrap();
+        }
+        let error = check_steps(&spec, 19).unwrap_err().to_string();
+        assert!(error.contains("--steps is 19") && error.contains("warmup_steps is 20"), "{error}");
     }
 }

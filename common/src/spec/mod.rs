@@ -536,6 +536,12 @@ impl RunSpec {
         u64::from(self.rounds) * u64::from(self.training.local_steps)
     }
 
+    /// Every phase of the learning rate's schedule that would not fit, if the run had `steps` steps instead of
+    /// [`Self::run_steps`].
+    pub fn schedule_problems(&self, steps: u64) -> Vec<Problem> {
+        rules::schedule_problems(self, steps)
+    }
+
     /// Tokens that `steps` local steps train.
     pub fn tokens(&self, steps: u32) -> u64 {
         u64::from(steps) * u64::from(self.training.batch_size) * u64::from(self.training.sequence_length)

@@ -55,6 +55,13 @@ pub(super) fn problems(spec: &RunSpec, faulty: &[String]) -> Vec<Problem> {
     rules.problems
 }
 
+/// What of the learning rate's schedule does not fit into `steps` steps.
+pub(super) fn schedule_problems(spec: &RunSpec, steps: u64) -> Vec<Problem> {
+    let mut rules = Rules { faulty: &[], problems: Vec::new() };
+    schedule(&mut rules, &spec.training.schedule, steps);
+    rules.problems
+}
+
 struct Rules<'a> {
     faulty: &'a [String],
     problems: Vec<Problem>,

@@ -284,6 +284,19 @@ fn keys_that_must_fit_each_other_are_checked_together() {
 }
 
 #[test]
+fn a_schedule_is_judged_for_another_number_of_steps() {
+    let spec = |schedule| RunSpec::parse(&format!("{LEAST}training.schedule = {schedule}\n")).unwrap();
+    let decay = spec("{ kind = \"warmup-stable-decay\", warmup_steps = 60, decay_steps = 50 }");
+    let problems = |steps| decay.schedule_problems(steps).iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert!(problems(110).is_empty());
+    let expected =
+        "training.schedule.decay_steps is 50; allowed: 1 to what the warm-up leaves of the run's steps, 49";
+    assert_eq!(problems(109), [expected]);
+    let own = spec("{ kind = \"cosine\", warmup_steps = 60, total_steps = 100 }");
+    assert!(own.schedule_problems(1).is_empty(), "it has a length of its own");
+}
+
+#[test]
 fn a_schedule_fits_into_its_steps() {
     check(
         "training.schedule = { kind = \"constant\", warmup_steps = 1001 }",
