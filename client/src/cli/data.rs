@@ -89,7 +89,9 @@ impl PrepareArguments {
         let began = Instant::now();
         let (fraction, vocabulary) = (spec.evaluation.held_out_fraction, spec.model.vocab_size());
         let dataset =
-            text::prepare(&self.data.sources, Some(&self.cache), tokenizer, fraction, vocabulary, &|| false)?;
+            text::tokenise(&self.data.sources, Some(&self.cache), tokenizer, fraction, vocabulary, &|| {
+                false
+            })?;
         let seconds = began.elapsed().as_secs_f64();
         let key = dataset.cache_key.to_string();
         let shares = dataset.train.parts().iter().map(|part| part.share);

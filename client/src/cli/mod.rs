@@ -67,6 +67,9 @@ enum Command {
     /// at once.
     Train(train::TrainArguments),
     /// Measure a checkpoint on text: loss, perplexity, bits per byte
+    ///
+    /// The text is read as for training: documents that repeat an earlier one, blank ones and what cannot be
+    /// read are left out; how many there are is said on standard error.
     Evaluate(evaluate::EvaluateArguments),
     /// Let a checkpoint continue a text
     Generate(generate::GenerateArguments),
@@ -186,7 +189,9 @@ fn with_config(
 
 /// A command without a configuration; what it has to say goes to standard output.
 fn tool(log_format: Option<LogFormat>, command: impl FnOnce() -> anyhow::Result<()>) -> ExitCode {
-    if let Err(error) = telemetry::init(log_format.unwrap_or_default(), "warn") {
+    // What this module tells is meant for whoever has sent a signal.
+    let filter = concat!("warn,", module_path!(), "=info");
+    if let Err(error) = telemetry::init(log_format.unwrap_or_default(), filter) {
         complain(&error);
         return ExitCode::from(UNUSABLE);
     }
