@@ -75,7 +75,8 @@ impl StartingPoint {
     }
 
     fn model_problems(&self, model: &Architecture) -> Vec<Problem> {
-        let table = |model| Table::try_from(model).unwrap_or_default();
+        let table =
+            |model: &Architecture| Table::try_from(model.clone().without_usual_sizes()).unwrap_or_default();
         let (ours, theirs) = (table(model), table(&self.architecture));
         let differs = |key: &&String| ours.get(*key) != theirs.get(*key) && *key != "initializer_range";
         let keys: Vec<&String> = match model.name() == self.architecture.name() {
@@ -207,6 +208,21 @@ mod tests {
                 "model.architecture is \"gpt2\"; the checkpoint's is \"llama\": leave [model] out to take the checkpoint's",
             ],
         );
+        // Written down or left out, a size is the same.
+        let usual = LlamaConfig { head_dim: Some(16), ..config.clone() };
+        check(&start, Architecture::Llama(usual.clone()), &byte(), &[]);
+        let written = StartingPoint { architecture: Architecture::Llama(usual), ..start.clone() };
+        check(&written, start.architecture.clone(), &byte(), &[]);
+        let other = LlamaConfig { head_dim: Some(32), ..config.clone() };
+        check(
+            &start,
+            Architecture::Llama(other),
+            &byte(),
+            &["model.head_dim is 32; the checkpoint's is absent: leave [model] out to take the checkpoint's"],
+        );
+        let inner = |n_inner| Architecture::Gpt2(Gpt2Config { n_inner, ..Gpt2Config::default() });
+        let gpt2 = StartingPoint { architecture: inner(None), ..start.clone() };
+        check(&gpt2, inner(Some(512)), &byte(), &[]);
         // It says how weights begin, and they do not begin here.
         let other = LlamaConfig { initializer_range: 0.5, ..config.clone() };
         check(&start, Architecture::Llama(other), &byte(), &[]);
