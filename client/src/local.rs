@@ -17,8 +17,9 @@ use crate::{
     trainer::{Device, EvaluationSum, LanguageModel, Sampling, TrainerError},
 };
 
-/// Sequences of a forward pass when nothing is trained.
-const EVALUATION_SEQUENCES: usize = 16;
+/// Tokens of a forward pass when nothing is trained, in as many sequences as fit but at least one: memory grows with
+/// them, not with the vocabulary, since logits are made some rows at a time.
+const EVALUATION_TOKENS: usize = 8192;
 
 /// Why it could not be done.
 #[derive(Debug, thiserror::Error)]
@@ -53,10 +54,15 @@ pub fn evaluate(
     tell: &dyn Fn(u64),
     cancelled: &dyn Fn() -> bool,
 ) -> Result<EvaluationSum, LocalError> {
-    let evaluate = |windows: &mut dyn Iterator<Item = Vec<i64>>| {
-        model.evaluate(windows, EVALUATION_SEQUENCES, cancelled)
-    };
+    let sequences = sequences_at_once(held_out.sequence_length());
+    let evaluate =
+        |windows: &mut dyn Iterator<Item = Vec<i64>>| model.evaluate(windows, sequences, cancelled);
     steps::held_out_loss(held_out, tell, evaluate)
+}
+
+fn sequences_at_once(sequence_length: u64) -> usize {
+    let sequence_length = usize::try_from(sequence_length).unwrap_or(usize::MAX);
+    (EVALUATION_TOKENS / sequence_length.max(1)).max(1)
 }
 
 /// The logits `[tokens, vocabulary]`, row by row, that the checkpoint in `directory` gives after each of
@@ -209,6 +215,13 @@ mod tests {
         };
         assert!(text("rang. The 3 be").starts_with("lls of the"), "{}", text("rang. The 3 be"));
         assert!(!text("").is_empty(), "a document is begun without a prompt");
+    }
+
+    #[test]
+    fn tokens_at_once_are_bounded_however_long_the_sequences() {
+        for (sequence_length, sequences) in [(32, 256), (4096, 2), (5000, 1), (131_072, 1)] {
+            assert_eq!(sequences_at_once(sequence_length), sequences, "{sequence_length}");
+        }
     }
 
     #[test]

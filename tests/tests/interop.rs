@@ -166,7 +166,7 @@ fn llama() -> impl Strategy<Value = Architecture> {
                 num_hidden_layers: layers,
                 num_attention_heads: keys * group,
                 num_key_value_heads: keys,
-                head_dim: other_half.filter(|other| *other != half).map(|half| 2 * half),
+                head_dim: other_half.map(|half| 2 * half),
                 attention_bias: flags[0],
                 mlp_bias: flags[1],
                 tie_word_embeddings: flags[2],
@@ -189,7 +189,7 @@ fn gpt2() -> impl Strategy<Value = Architecture> {
                 n_embd,
                 n_layer,
                 n_head,
-                n_inner: n_inner.filter(|inner| *inner != 4 * n_embd),
+                n_inner,
                 tie_word_embeddings,
                 ..Gpt2Config::default()
             })

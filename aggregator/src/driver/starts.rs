@@ -117,13 +117,14 @@ impl Driver {
         loop {
             let before = unix_ms_now().saturating_sub(KEPT_MS);
             if let Err(error) = self.discard_starts_before(before).await {
-                tracing::warn!(%error, "a model that no run was made of is still there; the next look deletes it");
+                tracing::warn!(%error, "models that no run was made of were not looked for; the next look does");
             }
             tokio::time::sleep(LOOK_INTERVAL).await;
         }
     }
 
-    /// Deletes the models for which nothing came since `before`, and those whose run exists.
+    /// Deletes the models for which nothing came since `before`, and those whose run exists. One that cannot be
+    /// deleted keeps none of the others.
     async fn discard_starts_before(self: &Arc<Self>, before: UnixMs) -> Result<(), DriverError> {
         for run in self.store.spent_start_uploads(before).await? {
             let work = Work::Create(run.clone());
@@ -132,7 +133,9 @@ impl Driver {
             }
             let discarded = self.discard_spent_start(&run).await;
             self.release(&work);
-            discarded?;
+            if let Err(error) = discarded {
+                tracing::warn!(%run, %error, "a model that no run was made of is still there; the next look deletes it");
+            }
         }
         Ok(())
     }

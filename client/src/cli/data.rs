@@ -11,7 +11,7 @@ use clap::{Args, Subcommand};
 use consort_common::{spec::RunSpec, units};
 use serde_json::{Value, json};
 
-use super::{bar::Bar, text, train};
+use super::{bar::Bar, start::Start, text, train};
 use crate::data::{Inspected, Source, SourceStats, Stats, Tokenizer, inspect};
 
 /// Faults of a source that are printed; JSON has more.
@@ -80,11 +80,16 @@ impl DataCommand {
 }
 
 impl PrepareArguments {
-    fn run(&self) -> Result<()> {
+    pub(super) fn run(&self) -> Result<()> {
         let toml = fs::read_to_string(&self.specification)
             .with_context(|| format!("cannot read the specification {}", self.specification.display()))?;
-        let spec = RunSpec::parse(&toml)?;
+        let start = Start::named(&self.specification, &toml);
+        let start = start.map(|directory| Start::open(directory, &toml)).transpose()?;
+        let spec = RunSpec::parse(start.as_ref().map_or(&toml, |start| &start.specification))?;
         let (tokenizer_json, _) = train::tokenizer(&spec.tokenizer, &self.specification)?;
+        if let Some(start) = &start {
+            start.check(&spec, &tokenizer_json)?;
+        }
         let tokenizer = Tokenizer::for_run(&spec.tokenizer, tokenizer_json.as_bytes())?;
         let began = Instant::now();
         let (fraction, vocabulary) = (spec.evaluation.held_out_fraction, spec.model.vocab_size());

@@ -16,6 +16,9 @@ use crate::{
     trainer::EvaluationSum,
 };
 
+/// Longest sequence that is measured unasked, in tokens: memory and time grow with it.
+const SEQUENCE_LENGTH_MAX: usize = 4096;
+
 /// Arguments of `evaluate`.
 #[derive(Debug, Args)]
 pub(super) struct EvaluateArguments {
@@ -29,7 +32,7 @@ pub(super) struct EvaluateArguments {
     /// Share of documents that is held out, as in the run's specification
     #[arg(long, default_value_t = 0.05, value_name = "FRACTION", requires = "held_out_only")]
     held_out_fraction: f64,
-    /// Tokens that each sequence predicts, as in the run's specification [default: the model's context]
+    /// Tokens that each sequence predicts, as in the run's specification [default: the context, at most 4096]
     #[arg(long, value_name = "N")]
     sequence_length: Option<usize>,
     /// Keep attention within documents, as training.document_mask in the run's specification
@@ -53,7 +56,7 @@ impl EvaluateArguments {
         let checkpoint = CheckpointReader::open(&self.checkpoint)
             .with_context(|| format!("cannot use {} as a checkpoint", self.checkpoint.display()))?;
         let context = checkpoint.architecture().context_length();
-        let sequence_length = self.sequence_length.unwrap_or(context);
+        let sequence_length = self.sequence_length.unwrap_or(context.min(SEQUENCE_LENGTH_MAX));
         if sequence_length == 0 || sequence_length > context {
             bail!("--sequence-length is {sequence_length}; allowed: 1 to the model's context of {context}");
         }

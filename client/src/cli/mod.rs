@@ -7,6 +7,7 @@ mod data;
 mod evaluate;
 mod generate;
 mod logits;
+mod start;
 mod text;
 mod tokenizer;
 mod train;

@@ -13,13 +13,13 @@ use clap::{Args, value_parser};
 use consort_common::{
     checkpoint,
     ids::SiteName,
-    spec::{RunSpec, StartingPoint, TokenizerSpec},
+    spec::{RunSpec, TokenizerSpec},
     tokenizer::{BYTE_END_OF_TEXT, byte_tokenizer_json},
     units,
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{DeviceArguments, bar::Bar, data::DataArguments, evaluate, text, until_signalled};
+use super::{DeviceArguments, bar::Bar, data::DataArguments, evaluate, start::Start, text, until_signalled};
 use crate::{
     data::{DataError, Dataset, HeldOut, Tokenizer},
     local_training::{Folder, LocalProgress, LocalTraining, Request},
@@ -167,47 +167,8 @@ impl TrainArguments {
 
     /// What training starts from, where that is not new weights: `--from`, or what the specification names.
     fn start(&self, toml: &str) -> Result<Option<Start>> {
-        let folder = self.specification.parent().unwrap_or(Path::new("."));
-        let named = RunSpec::start_checkpoint(toml).map(|named| folder.join(named));
-        self.from.clone().or(named).map(|directory| Start::read(directory, toml)).transpose()
-    }
-}
-
-/// A checkpoint to start from.
-struct Start {
-    directory: PathBuf,
-    point: StartingPoint,
-    parameters: Vec<f32>,
-    /// With the sections that it leaves to the checkpoint.
-    specification: String,
-}
-
-impl Start {
-    fn read(directory: PathBuf, toml: &str) -> Result<Self> {
-        let attempt = || format!("cannot start from the checkpoint {}", directory.display());
-        let checkpoint = checkpoint::read(&directory).with_context(attempt)?;
-        let point = StartingPoint {
-            architecture: checkpoint.architecture,
-            tokenizer: serde_json::from_str(&checkpoint.tokenizer_json).with_context(attempt)?,
-            end_of_text: checkpoint.end_of_text,
-        };
-        let tokenizer = std::path::absolute(&directory).with_context(attempt)?.join("tokenizer.json");
-        let specification = point.complete(toml, &tokenizer.display().to_string());
-        Ok(Self { directory, point, parameters: checkpoint.flat, specification })
-    }
-
-    /// Refuses a specification that is not the checkpoint's.
-    fn check(&self, spec: &RunSpec, tokenizer_json: &str) -> Result<()> {
-        let problems = self.point.problems(spec, Some(&serde_json::from_str(tokenizer_json)?));
-        if problems.is_empty() {
-            return Ok(());
-        }
-        let problems: Vec<String> = problems.iter().map(|problem| format!("\n  {problem}")).collect();
-        bail!(
-            "cannot start from {}, which the specification does not fit:{}",
-            self.directory.display(),
-            problems.concat()
-        )
+        let directory = self.from.clone().or_else(|| Start::named(&self.specification, toml));
+        directory.map(|directory| Start::open(directory, toml)?.with_parameters()).transpose()
     }
 }
 

@@ -50,6 +50,11 @@ impl HeldOut {
         Ok(Self { shard, sequence_length: length, windows, windows_in_shard: windows, before_first })
     }
 
+    /// Tokens that a window predicts, at most.
+    pub fn sequence_length(&self) -> u64 {
+        self.sequence_length
+    }
+
     /// Tokens predicted.
     pub fn tokens(&self) -> u64 {
         match self.before_first {

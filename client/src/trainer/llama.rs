@@ -3,7 +3,7 @@
 //! Hugging Face's `LlamaForCausalLM` does.
 
 use consort_common::model::LlamaConfig;
-use tch::{Device, TchError, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 use super::{
     attention::Attention,
@@ -140,6 +140,25 @@ impl Projection {
     }
 }
 
+/// Radians per position of each pair of components: base^(-2 i / head) for pair i (Su et al., arXiv 2104.09864,
+/// section 3.2.2), stretched as the configuration says. The power is libtorch's in f32, as in `transformers`: the
+/// exponent's rounding alone is some ulps of the frequency, and a position of 100,000 turns an ulp into some
+/// thousandths of a radian.
+#[allow(clippy::cast_possible_truncation)]
+fn frequencies(config: &LlamaConfig) -> Result<Vec<f32>, TchError> {
+    let half = (config.head_dim() / 2) as i64;
+    let even = Tensor::f_arange(half, (Kind::Float, Device::Cpu))?.f_mul_scalar(2.0)?;
+    let exponents = even.f_div_scalar(config.head_dim() as i64)?;
+    let powers = Tensor::f_pow_scalar(config.rope_theta, &exponents)?;
+    let mut frequencies = Vec::<f32>::try_from(powers.f_reciprocal()?)?;
+    if let Some(scaling) = &config.rope_scaling {
+        for frequency in &mut frequencies {
+            *frequency = scaling.scaled(f64::from(*frequency)) as f32;
+        }
+    }
+    Ok(frequencies)
+}
+
 /// Rotary position embedding (Su et al., arXiv 2104.09864, eq. 34) in Hugging Face's convention, which pairs
 /// component i with component i + head/2: x cos + rotate_half(x) sin, where rotate_half(a | b) = (-b | a).
 struct Rotary {
@@ -151,17 +170,13 @@ struct Rotary {
 }
 
 impl Rotary {
-    /// Angles are computed in f32, as there: in f64 they would differ from it by more than an ulp in long
-    /// contexts.
+    /// Frequencies and angles are computed in f32, as there: in f64 they would differ from it by more than an ulp
+    /// in long contexts.
     #[allow(clippy::cast_possible_truncation, clippy::cast_precision_loss)]
     fn new(config: &LlamaConfig, device: Device) -> Result<Self, TchError> {
         let (context, head) = (config.max_position_embeddings, config.head_dim());
         let half = head / 2;
-        let frequency = |pair: usize| {
-            let frequency = config.rope_theta.powf(-((2 * pair) as f64) / head as f64);
-            config.rope_scaling.as_ref().map_or(frequency, |scaling| scaling.scaled(frequency)) as f32
-        };
-        let frequencies: Vec<f32> = (0..half).map(frequency).collect();
+        let frequencies = frequencies(config)?;
         let angle =
             |position: usize, component: usize| f64::from(position as f32 * frequencies[component % half]);
         let table = |value: &dyn Fn(usize, usize) -> f64| {
@@ -185,5 +200,38 @@ impl Rotary {
         let swapped = x.f_roll([self.half], [-1])?;
         let turned = x.f_mul(&self.cosines.f_narrow(0, first, time)?)?;
         turned.f_addcmul(&swapped, &self.sines.f_narrow(0, first, time)?)?.f_to_kind(x.kind())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use consort_common::model::RopeScaling;
+
+    use super::*;
+
+    /// 1.0 / 500000.0 ** (torch.arange(0, 96, 2).float() / 96), as `transformers` has it. In f64 some of these are
+    /// 4 ulps away.
+    const FREQUENCIES: [(usize, u32); 7] = [
+        (0, 0x3f80_0000),
+        (1, 0x3f42_c3e5),
+        (26, 0x3a56_958d),
+        (28, 0x39f8_6938),
+        (34, 0x38c0_b0b1),
+        (41, 0x3763_6e53),
+        (47, 0x3630_6a88),
+    ];
+
+    #[test]
+    fn frequencies_are_those_of_transformers_to_an_ulp_so_that_long_contexts_are_too() {
+        let config = LlamaConfig { head_dim: Some(96), rope_theta: 5e5, ..LlamaConfig::default() };
+        let found = frequencies(&config).unwrap();
+        assert_eq!(found.len(), 48);
+        for (pair, bits) in FREQUENCIES {
+            assert!(found[pair].to_bits().abs_diff(bits) <= 1, "{pair}: {:#x}", found[pair].to_bits());
+        }
+        let scaling = Some(RopeScaling { factor: 8.0, ..RopeScaling::default() });
+        let stretched = frequencies(&LlamaConfig { rope_scaling: scaling, ..config }).unwrap();
+        assert_eq!(stretched[0].to_bits(), found[0].to_bits(), "a fast rotation stays");
+        assert_eq!((8.0 * stretched[47]).to_bits(), found[47].to_bits(), "a slow one is divided");
     }
 }

@@ -61,6 +61,12 @@ impl Gpt2Config {
         self.n_inner.unwrap_or(4 * self.n_embd)
     }
 
+    /// See [`Architecture::without_usual_sizes`](super::Architecture::without_usual_sizes).
+    pub(super) fn without_usual_sizes(self) -> Self {
+        let usual = self.n_embd.saturating_mul(4);
+        Self { n_inner: self.n_inner.filter(|n_inner| *n_inner != usual), ..self }
+    }
+
     pub(super) fn tensors(&self) -> Vec<TensorSpec> {
         let (width, inner) = (self.n_embd, self.inner());
         let normal = Init::Normal(self.initializer_range);
@@ -129,19 +135,19 @@ impl Gpt2Config {
         reader.require("scale_attn_by_inverse_layer_idx", &[false.into()])?;
         reader.require("add_cross_attention", &[false.into()])?;
         let n_embd = reader.size("n_embd", 768)?;
-        let usual_inner = n_embd.saturating_mul(4);
-        let n_inner = reader.size("n_inner", usual_inner)?;
-        Ok(Self {
+        let n_inner = reader.size("n_inner", n_embd.saturating_mul(4))?;
+        let config = Self {
             vocab_size: reader.size("vocab_size", 50_257)?,
             n_positions: reader.size("n_positions", 1024)?,
             n_embd,
             n_layer: reader.size("n_layer", 12)?,
             n_head: reader.size("n_head", 12)?,
-            n_inner: (n_inner != usual_inner).then_some(n_inner),
+            n_inner: Some(n_inner),
             tie_word_embeddings: reader.flag("tie_word_embeddings", true)?,
             layer_norm_epsilon: reader.number("layer_norm_epsilon", 1e-5)?,
             initializer_range: reader.number("initializer_range", 0.02)?,
-        })
+        };
+        Ok(config.without_usual_sizes())
     }
 
     pub(super) fn problems(&self) -> Vec<(&'static str, String)> {

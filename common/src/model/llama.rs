@@ -184,6 +184,12 @@ impl LlamaConfig {
         self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads)
     }
 
+    /// See [`Architecture::without_usual_sizes`](super::Architecture::without_usual_sizes).
+    pub(super) fn without_usual_sizes(self) -> Self {
+        let usual = self.hidden_size.checked_div(self.num_attention_heads).unwrap_or_default();
+        Self { head_dim: self.head_dim.filter(|head_dim| *head_dim != usual), ..self }
+    }
+
     pub(super) fn tensors(&self) -> Vec<TensorSpec> {
         // Tensors that are multiplied with the same input lie next to each other, so that they can be one
         // matrix; their biases too.
@@ -283,14 +289,14 @@ impl LlamaConfig {
         let hidden_size = reader.size("hidden_size", 4096)?;
         let usual_head_dim = hidden_size.checked_div(num_attention_heads).unwrap_or_default();
         let head_dim = reader.size("head_dim", usual_head_dim)?;
-        Ok(Self {
+        let config = Self {
             vocab_size: reader.size("vocab_size", 32_000)?,
             hidden_size,
             intermediate_size: reader.size("intermediate_size", 11_008)?,
             num_hidden_layers: reader.size("num_hidden_layers", 32)?,
             num_attention_heads,
             num_key_value_heads: reader.size("num_key_value_heads", num_attention_heads)?,
-            head_dim: (head_dim != usual_head_dim).then_some(head_dim),
+            head_dim: Some(head_dim),
             attention_bias: reader.flag("attention_bias", false)?,
             mlp_bias: reader.flag("mlp_bias", false)?,
             max_position_embeddings: reader.size("max_position_embeddings", Self::HUGGING_FACE_CONTEXT)?,
@@ -299,7 +305,8 @@ impl LlamaConfig {
             rms_norm_eps: reader.number("rms_norm_eps", 1e-6)?,
             tie_word_embeddings: reader.flag("tie_word_embeddings", false)?,
             initializer_range: reader.number("initializer_range", 0.02)?,
-        })
+        };
+        Ok(config.without_usual_sizes())
     }
 
     pub(super) fn problems(&self) -> Vec<(&'static str, String)> {

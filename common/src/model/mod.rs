@@ -174,6 +174,17 @@ impl Architecture {
         }
     }
 
+    /// The same model, with optional sizes left out where they are what they would be without being given: so two
+    /// models are the same just if they are equal.
+    #[must_use]
+    pub fn without_usual_sizes(self) -> Self {
+        match self {
+            Self::Llama(config) => Self::Llama(config.without_usual_sizes()),
+            Self::Gpt2(config) => Self::Gpt2(config.without_usual_sizes()),
+            Self::Mpt(config) => Self::Mpt(config),
+        }
+    }
+
     /// What is wrong with the hyper-parameters: (key, what is allowed).
     pub fn problems(&self) -> Vec<(&'static str, String)> {
         match self {

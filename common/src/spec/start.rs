@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 use toml::Table;
 
-use super::{RunSpec, validate::Problem};
+use super::{RunSpec, TokenizerSpec, validate::Problem};
 use crate::{
     model::Architecture,
-    tokenizer::{byte_tokenizer_json, vocabulary},
+    tokenizer::{BYTE_END_OF_TEXT, byte_tokenizer_json, vocabulary},
 };
 
 /// What a specification must fit that names a checkpoint to start from.
@@ -70,12 +70,14 @@ impl StartingPoint {
             }
         };
         let mut problems = self.model_problems(&spec.model);
-        problems.extend(self.tokenizer_problem(tokenizer));
+        problems.extend(self.tokenizer_problem(tokenizer).or_else(|| self.rules_problem(tokenizer)));
+        problems.extend(self.end_of_text_problem(&spec.tokenizer));
         problems
     }
 
     fn model_problems(&self, model: &Architecture) -> Vec<Problem> {
-        let table = |model| Table::try_from(model).unwrap_or_default();
+        let table =
+            |model: &Architecture| Table::try_from(model.clone().without_usual_sizes()).unwrap_or_default();
         let (ours, theirs) = (table(model), table(&self.architecture));
         let differs = |key: &&String| ours.get(*key) != theirs.get(*key) && *key != "initializer_range";
         let keys: Vec<&String> = match model.name() == self.architecture.name() {
@@ -119,6 +121,70 @@ impl StartingPoint {
         }
         None
     }
+
+    /// Documents must end as those did that the checkpoint was trained on.
+    fn end_of_text_problem(&self, tokenizer: &TokenizerSpec) -> Option<Problem> {
+        let ours = match tokenizer {
+            TokenizerSpec::Byte {} => BYTE_END_OF_TEXT,
+            TokenizerSpec::File { end_of_text, .. } => end_of_text,
+        };
+        let theirs = &self.end_of_text;
+        (ours != theirs).then(|| Problem {
+            path: "tokenizer.end_of_text".to_owned(),
+            message: format!(
+                "is {ours:?}; the checkpoint's is {theirs:?}: leave [tokenizer] out to take the checkpoint's"
+            ),
+        })
+    }
+
+    /// The same ids are of no use where the same text is cut into other tokens.
+    fn rules_problem(&self, tokenizer: &Value) -> Option<Problem> {
+        let theirs = &self.tokenizer;
+        let differs = |section: &&str| rules(&tokenizer[section]) != rules(&theirs[section]);
+        let merges = |tokenizer: &Value| -> Vec<String> {
+            tokenizer["model"]["merges"].as_array().into_iter().flatten().map(merge).collect()
+        };
+        let (ours, of_checkpoint) = (merges(tokenizer), merges(theirs));
+        // A tokenizer that knows more tokens has more merges, after the same ones.
+        let same_merges = ours.iter().zip(&of_checkpoint).all(|(ours, theirs)| ours == theirs);
+        let section = ["normalizer", "pre_tokenizer", "model"].into_iter().find(differs);
+        let section = section.or((!same_merges).then_some("model.merges"))?;
+        Some(Problem {
+            path: "tokenizer".to_owned(),
+            message: format!(
+                "has another {section} in its tokenizer.json than the checkpoint's: leave [tokenizer] out to take \
+                 the checkpoint's"
+            ),
+        })
+    }
+}
+
+/// A section of a `tokenizer.json` by which text is cut, less what says nothing: keys with their default value,
+/// those that matter to offsets only, and the tokens themselves.
+fn rules(section: &Value) -> Value {
+    match section {
+        Value::Object(keys) => {
+            let is_model = keys.contains_key("vocab");
+            let says_something = |key: &str, value: &Value| match key {
+                "vocab" | "merges" | "trim_offsets" => false,
+                "use_regex" => value != &Value::Bool(true),
+                _ if is_model => !(value.is_null() || value == false || value == ""),
+                _ => !value.is_null(),
+            };
+            let kept = keys.iter().filter(|(key, value)| says_something(key, value));
+            kept.map(|(key, value)| (key.clone(), rules(value))).collect()
+        }
+        Value::Array(parts) => parts.iter().map(rules).collect(),
+        value => value.clone(),
+    }
+}
+
+/// A merge of two tokens in either way of writing it: "a b" or ["a", "b"].
+fn merge(merge: &Value) -> String {
+    match merge {
+        Value::Array(pair) => pair.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(" "),
+        merge => merge.as_str().unwrap_or_default().to_owned(),
+    }
 }
 
 #[cfg(test)]
@@ -133,7 +199,8 @@ mod tests {
 
     fn starting_point(tokenizer: Value) -> StartingPoint {
         let config = LlamaConfig { hidden_size: 64, vocab_size: 300, ..LlamaConfig::default() };
-        StartingPoint { architecture: Architecture::Llama(config), tokenizer, end_of_text: "</s>".to_owned() }
+        let end_of_text = if tokenizer == byte() { BYTE_END_OF_TEXT } else { "</s>" }.to_owned();
+        StartingPoint { architecture: Architecture::Llama(config), tokenizer, end_of_text }
     }
 
     fn byte() -> Value {
@@ -207,6 +274,21 @@ mod tests {
                 "model.architecture is \"gpt2\"; the checkpoint's is \"llama\": leave [model] out to take the checkpoint's",
             ],
         );
+        // Written down or left out, a size is the same.
+        let usual = LlamaConfig { head_dim: Some(16), ..config.clone() };
+        check(&start, Architecture::Llama(usual.clone()), &byte(), &[]);
+        let written = StartingPoint { architecture: Architecture::Llama(usual), ..start.clone() };
+        check(&written, start.architecture.clone(), &byte(), &[]);
+        let other = LlamaConfig { head_dim: Some(32), ..config.clone() };
+        check(
+            &start,
+            Architecture::Llama(other),
+            &byte(),
+            &["model.head_dim is 32; the checkpoint's is absent: leave [model] out to take the checkpoint's"],
+        );
+        let inner = |n_inner| Architecture::Gpt2(Gpt2Config { n_inner, ..Gpt2Config::default() });
+        let gpt2 = StartingPoint { architecture: inner(None), ..start.clone() };
+        check(&gpt2, inner(Some(512)), &byte(), &[]);
         // It says how weights begin, and they do not begin here.
         let other = LlamaConfig { initializer_range: 0.5, ..config.clone() };
         check(&start, Architecture::Llama(other), &byte(), &[]);
@@ -234,5 +316,61 @@ mod tests {
                 "tokenizer gives the id 1 to \"x\"; the checkpoint's gives it to \"b\": leave [tokenizer] out to take the checkpoint's",
             ],
         );
+    }
+
+    #[test]
+    fn an_end_of_text_that_is_not_the_checkpoints_is_a_problem() {
+        let start = starting_point(words(&[("a", 0), ("</s>", 1)]));
+        let spec = RunSpec::parse(&start.complete(TEXT, "t")).unwrap();
+        let other = StartingPoint { end_of_text: "a".to_owned(), ..start.clone() };
+        let problems: Vec<String> =
+            other.problems(&spec, Some(&start.tokenizer)).iter().map(ToString::to_string).collect();
+        assert_eq!(
+            problems,
+            [
+                "tokenizer.end_of_text is \"</s>\"; the checkpoint's is \"a\": leave [tokenizer] out to take the checkpoint's"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_tokenizer_that_cuts_text_otherwise_is_a_problem_whatever_its_ids() {
+        let tokenizer = |merges: Value| {
+            let vocabulary = json!({"a": 0, "b": 1, "ab": 2, "</s>": 3});
+            json!({
+                "normalizer": null,
+                "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true},
+                "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
+            })
+        };
+        let start = starting_point(tokenizer(json!(["a b"])));
+        let model = || start.architecture.clone();
+        let mut same = tokenizer(json!([["a", "b"], ["ab", "a"]]));
+        same["model"]["dropout"] = json!(null);
+        same["model"]["byte_fallback"] = json!(false);
+        same["pre_tokenizer"]["use_regex"] = json!(true);
+        same["pre_tokenizer"]["trim_offsets"] = json!(false);
+        check(&start, model(), &same, &[]);
+        let mut others = Vec::new();
+        for (section, other) in [
+            ("normalizer", json!({"type": "NFC"})),
+            ("pre_tokenizer", json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": false})),
+            ("pre_tokenizer", json!({"type": "ByteLevel", "add_prefix_space": true})),
+        ] {
+            let mut tokenizer = tokenizer(json!(["a b"]));
+            tokenizer[section] = other;
+            others.push((section, tokenizer));
+        }
+        let mut ignoring = tokenizer(json!(["a b"]));
+        ignoring["model"]["ignore_merges"] = json!(true);
+        others.push(("model", ignoring));
+        others.push(("model.merges", tokenizer(json!(["b a"]))));
+        for (section, other) in others {
+            let expected = format!(
+                "tokenizer has another {section} in its tokenizer.json than the checkpoint's: leave [tokenizer] out to \
+                 take the checkpoint's"
+            );
+            check(&start, model(), &other, &[&expected]);
+        }
     }
 }

@@ -199,6 +199,24 @@ async fn a_model_that_no_run_is_made_of_is_deleted_in_time() {
 }
 
 #[tokio::test]
+async fn a_model_that_cannot_be_deleted_keeps_none_of_the_others() {
+    let world = world().await;
+    let names = ["first", "second", "third"];
+    let spooled = |name: &str| world.folder.path().join("spool").join(name).join("0");
+    for name in names {
+        world.driver.store.touch_start_upload(&name.parse().unwrap(), 0).await.unwrap();
+        std::fs::create_dir_all(spooled(name)).unwrap();
+    }
+    // No folder, so that it cannot be removed as one.
+    std::fs::remove_dir(spooled("second")).unwrap();
+    std::fs::write(spooled("second"), "").unwrap();
+    world.driver.discard_starts_before(unix_ms_now()).await.unwrap();
+    assert_eq!(names.map(|name| spooled(name).exists()), [false, true, false]);
+    let left = world.driver.store.spent_start_uploads(unix_ms_now()).await.unwrap();
+    assert_eq!(left, ["second".parse::<RunName>().unwrap()]);
+}
+
+#[tokio::test]
 async fn what_a_crash_left_in_the_spool_of_a_run_that_exists_goes_and_the_run_stays() {
     let world = world().await;
     let digest = digest_of(&model());
