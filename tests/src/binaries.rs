@@ -45,9 +45,11 @@ fn build_once(marker: &Path, release: bool) {
 
 /// Benchmarks, which cargo builds for release, need the aggregator and the CLI only, and no libtorch.
 fn build(release: bool) {
+    cargo_build(if release { &["--release", "--package=consort-aggregator"] } else { &["--workspace"] });
+}
+
+fn cargo_build(which: &[&str]) {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml");
-    let which: &[&str] =
-        if release { &["--release", "--package=consort-aggregator"] } else { &["--workspace"] };
     let status = Command::new(env!("CARGO"))
         .args(["build", "--quiet", "--bins"])
         .args(which)
@@ -63,9 +65,14 @@ pub fn aggregator() -> PathBuf {
     directory().join("consort-aggregator")
 }
 
-/// Path of `consort-client`.
+/// Path of `consort-client`. Of the benchmarks, only those that ask for it build it, with libtorch's bindings.
 pub fn client() -> PathBuf {
-    directory().join("consort-client")
+    static BUILT: OnceLock<()> = OnceLock::new();
+    let directory = directory();
+    if directory.ends_with("release") {
+        BUILT.get_or_init(|| cargo_build(&["--release", "--package=consort-client"]));
+    }
+    directory.join("consort-client")
 }
 
 /// Path of the CLI, `consort`.
