@@ -100,7 +100,8 @@ mod tests {
             .unwrap();
         let toml = format!("name = \"a\"\nrounds = 1\nstart.checkpoint = \"model\"\n{lines}");
         fs::write(path("run.toml"), &toml).unwrap();
-        fs::write(path("text.txt"), "Some text, and some more of it. ".repeat(200)).unwrap();
+        let text: String = (0..4000).map(|line| format!("This is line {line} of the text. ")).collect();
+        fs::write(path("text.txt"), text).unwrap();
 
         let named = Start::named(&path("run.toml"), &toml).unwrap();
         assert_eq!(named, path("model"));
