@@ -4,7 +4,8 @@
 //! by tile, so that the sums and decoded values do not leave a core's first cache meanwhile. Then each tile of
 //! the sums goes through the outer step and the rounding, and the chunk is written.
 //!
-//! Sketch, for a chunk of 2^18 values in fp32, of two threads that can read 34 GB/s from memory: a MiB per
+//! Sketch, for a chunk of 2^18 values in fp32, by a prototype on two threads that could read 34 GB/s from memory
+//! (where data came from a cache, it was faster; the whole fold does not reach these rates): a MiB per
 //! delta comes through the copy of a read system call at 48 GB/s, if it comes in one piece (in pieces of
 //! 256 KiB, which would stay in the second cache, at 31; maps are slower still where page tables are a
 //! hypervisor's); the checksum reads it at 100 GB/s, adding it four at a time takes it at 115. Once per chunk

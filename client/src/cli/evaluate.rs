@@ -1,5 +1,5 @@
-//! `evaluate`: a checkpoint's loss on text. Without `--tokens-max` on all of it, each token once, so that the
-//! bits per byte compare across tokenizers; with it over the very windows that the daemon measures on when it
+//! `evaluate`: a checkpoint's loss on text. Without `--tokens-max` on each distinct document, each token once, so
+//! that the bits per byte compare across tokenizers; with it over the very windows that the daemon measures on when it
 //! is given the same fraction, sequence length, number of tokens and document mask.
 
 use std::path::PathBuf;
