@@ -17,6 +17,17 @@ pub enum TrainerError {
         /// The model's length.
         expected: usize,
     },
+    /// An optimizer's state is another one's, to which its numbers mean something else.
+    #[error(
+        "the optimizer's state is that of {found}, and what is trained with is {expected}: go on with {found}, or begin \
+         without that state"
+    )]
+    OtherOptimizer {
+        /// Whose state it is.
+        found: String,
+        /// The optimizer of the training.
+        expected: &'static str,
+    },
     /// A batch or window has not the size that the training settings give.
     #[error("{what}: {found} tokens, expected {expected}")]
     Tokens {
