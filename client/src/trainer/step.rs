@@ -187,8 +187,9 @@ impl Trainer {
     /// parameters and moments as they are.
     ///
     /// # Errors
-    /// After any, parameters and moments are those before the step. `cancelled` is asked before each
-    /// micro-batch.
+    /// `cancelled` is asked before each micro-batch. After that, and after whatever failed before the update,
+    /// parameters and moments are those before the step. Where libtorch failed in the update itself, part of it may
+    /// be made: both must be loaded again.
     pub fn step(
         &mut self,
         batch: &[i64],
