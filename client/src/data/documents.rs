@@ -1,42 +1,34 @@
 //! Reading files: what documents are in them.
 //!
-//! A `.txt` file is cut into documents of at most [`TXT_DOCUMENT_BYTES_MAX`]; every line of a `.jsonl` file is
-//! a document, `{"text": "..."}` (other fields are allowed, and the source may name another for the text), and
-//! so is every row of a `.parquet` file.
+//! A `.txt` file is a document; so is every line of a `.jsonl` file, `{"text": "..."}` (other fields are allowed,
+//! and the source may name another for the text), and every row of a `.parquet` file.
 //!
-//! Files stream: never more than [`PIECE_BYTES_MAX`] of one is held. Nothing that a file contains is fatal:
-//! what cannot be used comes out as a fault with its place. A `.txt` file (or, where it is longer than a
-//! piece, that piece) with a fault is skipped whole; of a damaged `.jsonl` or `.parquet` file the good lines and
-//! rows are kept.
+//! Files stream: never more than [`PIECE_BYTES_MAX`] of one is held; a longer `.txt` file comes in several pieces.
+//! Nothing that a file contains is fatal: what cannot be used comes out as a fault with its place. A `.txt` file
+//! (or, where it is longer than a piece, that piece) with a fault is skipped whole; of a damaged `.jsonl` or
+//! `.parquet` file the good lines and rows are kept.
 
 use std::{
     fs::File,
     io::{self, BufRead, BufReader, Read},
-    ops::Range,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
 };
 
-use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
-
 use super::{
     mixture::Source,
+    parse::cut_point,
     rows::{Row, Rows},
     source::{Compression, Format, SourceFile},
 };
 
 /// Most bytes of one file held at a time, uncompressed. A longer line of a `.jsonl` file is skipped; a longer
 /// `.txt` file is read in several pieces.
-pub const PIECE_BYTES_MAX: usize = 64 << 20;
-/// Longest document made of a `.txt` file, in bytes. Documents are held out one by one, by content: this makes
-/// enough of them even of a site's few large files (about one per 16 KiB) that the held-out text is close to
-/// its fraction. A file is cut after a blank line where there is one.
-pub const TXT_DOCUMENT_BYTES_MAX: usize = 16 << 10;
+pub(super) const PIECE_BYTES_MAX: usize = 64 << 20;
 /// Read from disk at a time.
 const READ_BYTES: usize = 1 << 16;
-const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 
 /// A part of a file as it was read, to be parsed on any thread.
 #[derive(Debug)]
@@ -258,155 +250,6 @@ fn row_content(text: Row, bytes_max: usize) -> Content {
             Content::Fault(format!("the text is longer than {bytes_max} bytes"))
         }
         Some(text) => Content::Row(text),
-    }
-}
-
-/// Where to end a part of at most `bytes_max` of a longer text: after the last blank line in its second half,
-/// else after the last line there, else after the last space there, else between two characters.
-fn cut_point(bytes: &[u8], bytes_max: usize) -> usize {
-    let half = bytes_max / 2;
-    let mut after_line = None;
-    for position in (half..bytes_max).rev().filter(|position| bytes[*position] == b'\n') {
-        after_line.get_or_insert(position + 1);
-        let before = &bytes[..position];
-        if before.strip_suffix(b"\r").unwrap_or(before).ends_with(b"\n") {
-            return position + 1;
-        }
-    }
-    let after_space =
-        || bytes[half..bytes_max].iter().rposition(|byte| *byte == b' ').map(|at| half + at + 1);
-    let between_characters = || (half + 1..=bytes_max).rev().find(|at| bytes[*at] & 0xC0 != 0x80);
-    after_line.or_else(after_space).or_else(between_characters).unwrap_or(bytes_max)
-}
-
-/// Cuts a text into consecutive parts of at most `bytes_max` (at least 8).
-pub(super) fn parts(text: &str, bytes_max: usize) -> impl Iterator<Item = &str> {
-    let mut rest = text;
-    std::iter::from_fn(move || {
-        let end = if rest.len() > bytes_max { cut_point(rest.as_bytes(), bytes_max) } else { rest.len() };
-        let (part, tail) = rest.split_at(end);
-        rest = tail;
-        (!part.is_empty()).then_some(part)
-    })
-}
-
-/// A text and the documents in it.
-#[derive(Debug)]
-pub(super) struct Parsed {
-    pub(super) text: String,
-    pub(super) documents: Vec<Document>,
-}
-
-/// Where a document lies, and what identifies it.
-#[derive(Debug)]
-pub(super) struct Document {
-    pub(super) range: Range<usize>,
-    /// The first 64 bits of its BLAKE3, uniform over documents.
-    pub(super) digest: u64,
-}
-
-/// The documents of a piece, or why it has to be skipped. `text_key` names the field of a line that is the text.
-pub(super) fn parse(content: Content, text_key: &str) -> Result<Parsed, String> {
-    let (text, document_bytes_max) = match content {
-        Content::Fault(reason) => return Err(reason),
-        Content::Text(bytes) => (parse_text(bytes)?, TXT_DOCUMENT_BYTES_MAX),
-        Content::JsonLine(bytes) => (parse_json_line(&bytes, text_key)?, usize::MAX),
-        Content::Row(bytes) => (parse_text(bytes)?, usize::MAX),
-    };
-    let mut start = 0;
-    let documents = parts(&text, document_bytes_max)
-        .map(|part| {
-            let range = start..start + part.len();
-            start = range.end;
-            Document { range, digest: first_bits(blake3::hash(part.as_bytes())) }
-        })
-        .collect();
-    Ok(Parsed { text, documents })
-}
-
-fn first_bits(hash: blake3::Hash) -> u64 {
-    let [a, b, c, d, e, f, g, h, ..] = *hash.as_bytes();
-    u64::from_le_bytes([a, b, c, d, e, f, g, h])
-}
-
-fn parse_text(mut bytes: Vec<u8>) -> Result<String, String> {
-    if bytes.starts_with(BYTE_ORDER_MARK) {
-        bytes.drain(..BYTE_ORDER_MARK.len());
-    }
-    // `contains` is vectorised in every profile, `position` is not.
-    if bytes.contains(&0) {
-        let at = bytes.iter().take_while(|byte| **byte != 0).count();
-        return Err(format!("not text: a NUL at byte {at} (a binary file, or UTF-16: convert it to UTF-8)"));
-    }
-    String::from_utf8(bytes).map_err(|error| {
-        format!("not UTF-8 at byte {}: convert it to UTF-8", error.utf8_error().valid_up_to())
-    })
-}
-
-/// The reasons are in our own words: serde's quote the line, and content belongs in no report.
-fn parse_json_line(bytes: &[u8], text_key: &str) -> Result<String, String> {
-    let bytes = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(bytes);
-    let mut json = serde_json::Deserializer::from_slice(bytes);
-    let text = JsonLine { text_key }.deserialize(&mut json).and_then(|text| json.end().map(|()| text));
-    text.map_err(|error| match error.classify() {
-        serde_json::error::Category::Data => format!("not an object with a string {text_key:?}"),
-        _ => format!("not JSON (column {})", error.column()),
-    })
-}
-
-/// An object of which one field's string is wanted. Nothing is kept of the other fields.
-struct JsonLine<'a> {
-    text_key: &'a str,
-}
-
-impl<'de> DeserializeSeed<'de> for JsonLine<'_> {
-    type Value = String;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<String, D::Error> {
-        deserializer.deserialize_map(self)
-    }
-}
-
-impl<'de> Visitor<'de> for JsonLine<'_> {
-    type Value = String;
-
-    fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str("an object")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<String, A::Error> {
-        let mut text = None;
-        while let Some(is_text) = fields.next_key_seed(IsKey(self.text_key))? {
-            if is_text {
-                text = Some(fields.next_value()?);
-            } else {
-                fields.next_value::<IgnoredAny>()?;
-            }
-        }
-        text.ok_or_else(|| A::Error::custom("the text is missing"))
-    }
-}
-
-/// Whether a field's name is the one that is looked for.
-struct IsKey<'a>(&'a str);
-
-impl<'de> DeserializeSeed<'de> for IsKey<'_> {
-    type Value = bool;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<bool, D::Error> {
-        deserializer.deserialize_identifier(self)
-    }
-}
-
-impl Visitor<'_> for IsKey<'_> {
-    type Value = bool;
-
-    fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str("a field's name")
-    }
-
-    fn visit_str<E>(self, name: &str) -> Result<bool, E> {
-        Ok(name == self.0)
     }
 }
 

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::documents::TXT_DOCUMENT_BYTES_MAX;
+use super::parse::STRETCH_BYTES_MAX;
 
 /// Why a site's text cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -57,17 +57,17 @@ pub enum DataError {
     },
     /// The text is too little to be split.
     #[error(
-        "of {documents} documents {train} remain for training and {held_out} are held out, and both need at least one: \
-         provide more text (a .txt file counts as one document per {} KiB, a .jsonl file as one per line) or change \
-         evaluation.held_out_fraction",
-        TXT_DOCUMENT_BYTES_MAX >> 10
+        "of {documents} documents {train} have text to train on and {held_out} have held-out text, and both need at \
+         least one: provide more text (a .txt file is one document, held out whole or in stretches of {} KiB; of a \
+         .jsonl file each line is one) or change evaluation.held_out_fraction",
+        STRETCH_BYTES_MAX >> 10
     )]
     EmptySplit {
         /// Distinct documents.
         documents: u64,
-        /// Of them to be trained on.
+        /// Of them with text to be trained on.
         train: u64,
-        /// Of them held out.
+        /// Of them with held-out text.
         held_out: u64,
     },
     /// A shard is shorter than one sequence.

@@ -12,6 +12,7 @@ mod held_out;
 mod inspect;
 mod lengths;
 mod mixture;
+mod parse;
 mod prepare;
 mod rows;
 mod sampler;
@@ -23,7 +24,6 @@ mod train_tokenizer;
 mod words;
 
 pub use self::{
-    documents::{PIECE_BYTES_MAX, TXT_DOCUMENT_BYTES_MAX},
     error::DataError,
     feed::Feed,
     held_out::HeldOut,

@@ -28,9 +28,10 @@ pub struct SourceStats {
     pub train: SplitStats,
     /// What is measured on.
     pub held_out: SplitStats,
-    /// How many tokens the documents have, trained on and held out, the end-of-text token included.
+    /// How many tokens the documents have on either side of the split, the end-of-text token included.
     pub lengths: Lengths,
-    /// Documents dropped because the same text came before, in this source or in one named before it.
+    /// Documents dropped because the same text came before, in this source or in one named before it; or pieces of
+    /// a `.txt` file too long to be compared whole.
     pub duplicates: u64,
     /// Documents dropped because they are blank.
     pub blank: u64,
@@ -45,11 +46,11 @@ pub struct SourceStats {
 /// One side of the split.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SplitStats {
-    /// Distinct documents.
+    /// Distinct documents with text on this side: a long `.txt` file may have some on both.
     pub documents: u64,
-    /// Their tokens, with one end-of-text token each.
+    /// Tokens of that text, with one end-of-text token for each document.
     pub tokens: u64,
-    /// Their UTF-8 bytes.
+    /// Its UTF-8 bytes.
     pub text_bytes: u64,
 }
 
@@ -91,7 +92,7 @@ impl Stats {
 }
 
 impl SourceStats {
-    /// Distinct documents, trained on and held out.
+    /// Distinct documents, trained on and held out; one that is both counts twice.
     pub fn documents(&self) -> u64 {
         self.all().documents
     }
@@ -124,8 +125,8 @@ impl SplitStats {
         }
     }
 
-    pub(super) fn add(&mut self, tokens: u64, text_bytes: u64) {
-        *self = self.plus(Self { documents: 1, tokens, text_bytes });
+    pub(super) fn add(&mut self, more: Self) {
+        *self = self.plus(more);
     }
 }
 

@@ -2,9 +2,9 @@
 //! first token is the end of text, then the 256 bytes, then one token for each merge (Sennrich et al., arXiv
 //! 1508.07909, section 3.2, over bytes as in Radford et al., 2019).
 //!
-//! The sample is the documents with the least BLAKE3 digests, up to the first that its bound does not hold: the
-//! same whatever the order of the files and the number of threads, and without repetitions. So is the tokenizer. Memory is the
-//! sample, the sample's distinct words and a batch of pieces.
+//! The sample is the documents (of long `.txt` files: their stretches) with the least BLAKE3 digests, up to the first
+//! that its bound does not hold: the same whatever the order of the files and the number of threads, and without
+//! repetitions. So is the tokenizer. Memory is the sample, the sample's distinct words and a batch of pieces.
 
 use std::collections::BTreeMap;
 
@@ -20,9 +20,10 @@ use tokenizers::{
 };
 
 use super::{
-    documents::{self, Parsed, Piece, Reader},
+    documents::{Piece, Reader},
     error::DataError,
     mixture::{self, Source},
+    parse::{Parsed, parse, parts},
     source,
 };
 
@@ -53,7 +54,7 @@ pub struct TrainedTokenizer {
     pub json: String,
     /// Its tokens: fewer than asked for if the sample has too few different words.
     pub vocabulary: usize,
-    /// Distinct documents in the sample.
+    /// Distinct documents in the sample, and stretches of long ones.
     pub documents: u64,
     /// Their bytes.
     pub sample_bytes: u64,
@@ -92,7 +93,7 @@ pub fn train_tokenizer(
     let mut tokenizer = Tokenizer::new(BPE::default());
     tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
     tokenizer.with_decoder(Some(ByteLevel::default()));
-    let parts = sample.texts.values().flat_map(|text| documents::parts(text, PART_BYTES_MAX));
+    let parts = sample.texts.values().flat_map(|text| parts(text, PART_BYTES_MAX));
     tokenizer.train(&mut trainer, parts).map_err(|error| failed(error.to_string()))?;
     Ok(TrainedTokenizer {
         json: tokenizer.to_string(true).map_err(|error| failed(error.to_string()))?,
@@ -103,17 +104,17 @@ pub fn train_tokenizer(
     })
 }
 
-/// The documents with the least digests.
+/// The texts with the least digests.
 #[derive(Default)]
 struct Sample {
     texts: BTreeMap<u64, String>,
     bytes: u64,
-    /// The least digest that was let go: none from it on belongs to the sample, however short its document.
+    /// The least digest that was let go: none from it on belongs to the sample, however short its text.
     end: Option<u64>,
 }
 
 impl Sample {
-    /// Takes a document in and lets those go that are beyond the bound; the first one stays in any case.
+    /// Takes a text in and lets those go that are beyond the bound; the first one stays in any case.
     fn add(&mut self, digest: u64, text: &str, bytes_max: u64) {
         let is_beyond = self.end.is_some_and(|end| digest >= end);
         if is_beyond || text.trim().is_empty() || self.texts.contains_key(&digest) {
@@ -156,13 +157,13 @@ fn sample(
         }
         let parse = |piece: Piece| {
             let text_key = &request.sources[files[piece.file].source].text_key;
-            documents::parse(piece.content, text_key)
+            parse(piece.content, text_key)
         };
         for result in batch.into_par_iter().map(parse).collect::<Vec<_>>() {
             match result {
-                Ok(Parsed { text, documents }) => {
-                    for document in documents {
-                        sample.add(document.digest, &text[document.range], request.sample_bytes_max);
+                Ok(Parsed { text, stretches, .. }) => {
+                    for stretch in stretches {
+                        sample.add(stretch.digest, &text[stretch.range], request.sample_bytes_max);
                     }
                 }
                 Err(reason) => {

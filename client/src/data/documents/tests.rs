@@ -4,11 +4,17 @@ use std::{fs, io::Write};
 
 use proptest::prelude::*;
 
-use super::{super::source, *};
+use super::{
+    super::{
+        parse::{Parsed, STRETCH_BYTES_MAX, parse, parts},
+        source,
+    },
+    *,
+};
 
-/// Everything that is read of one file: documents, and faults as "line: reason".
+/// Everything that is read of one file: stretches of text, and faults as "line: reason".
 struct Found {
-    documents: Vec<String>,
+    texts: Vec<String>,
     faults: Vec<String>,
 }
 
@@ -19,12 +25,12 @@ fn read_bounded(name: &str, bytes: &[u8], piece_bytes_max: usize) -> Found {
     let sources = [Source::new(folder.path())];
     let mut reader = Reader::new(&sources, &listing.files);
     reader.piece_bytes_max = piece_bytes_max;
-    let mut found = Found { documents: Vec::new(), faults: Vec::new() };
+    let mut found = Found { texts: Vec::new(), faults: Vec::new() };
     for piece in reader.by_ref() {
         assert!(piece.bytes() <= piece_bytes_max + 1 || matches!(piece.content, Content::Fault(_)));
         match parse(piece.content, "text") {
-            Ok(Parsed { text, documents }) => {
-                found.documents.extend(documents.into_iter().map(|document| text[document.range].to_owned()));
+            Ok(Parsed { text, stretches, .. }) => {
+                found.texts.extend(stretches.into_iter().map(|stretch| text[stretch.range].to_owned()));
             }
             Err(reason) => found.faults.push(format!("{}: {reason}", piece.line.unwrap_or_default())),
         }
@@ -33,9 +39,9 @@ fn read_bounded(name: &str, bytes: &[u8], piece_bytes_max: usize) -> Found {
     found
 }
 
-fn check(name: &str, bytes: &[u8], documents: &[&str], faults: &[&str]) {
+fn check(name: &str, bytes: &[u8], texts: &[&str], faults: &[&str]) {
     let found = read_bounded(name, bytes, 64);
-    assert_eq!(found.documents, documents, "{name}");
+    assert_eq!(found.texts, texts, "{name}");
     assert_eq!(found.faults.len(), faults.len(), "{:?}", found.faults);
     for (found, expected) in found.faults.iter().zip(faults) {
         assert!(found.contains(expected), "{found:?} has no {expected:?}");
@@ -185,10 +191,10 @@ fn a_truncated_archive_gives_its_whole_lines_only() {
     ];
     for (name, archive) in archives {
         let found = read_bounded(name, &archive, 64);
-        assert_eq!((found.documents.len(), found.faults.len()), (5_000, 0), "{name}");
+        assert_eq!((found.texts.len(), found.faults.len()), (5_000, 0), "{name}");
         let found = read_bounded(name, &archive[..archive.len() - 500], 64);
-        assert!(found.documents.len() < 5_000, "{name}");
-        assert!(found.documents.iter().all(|document| document.starts_with("line ")));
+        assert!(found.texts.len() < 5_000, "{name}");
+        assert!(found.texts.iter().all(|text| text.starts_with("line ")));
         assert_eq!(found.faults.len(), 1, "{:?}", found.faults);
         assert!(found.faults[0].contains("cannot be read on"), "{:?}", found.faults);
     }
@@ -215,22 +221,28 @@ fn a_long_text_is_read_in_pieces() {
     let text: String =
         (0..200).map(|line| format!("Zeile {line} – ü\n{}", if line % 3 == 0 { "\n" } else { "" })).collect();
     let found = read_bounded("a.txt", text.as_bytes(), 64);
-    assert!(found.documents.len() > 40);
-    assert_eq!(found.documents.concat(), text);
-    assert!(found.documents[..found.documents.len() - 1].iter().all(|piece| piece.ends_with("\n\n")));
+    assert!(found.texts.len() > 40);
+    assert_eq!(found.texts.concat(), text);
+    assert!(found.texts[..found.texts.len() - 1].iter().all(|piece| piece.ends_with("\n\n")));
 }
 
 #[test]
-fn a_text_file_becomes_documents_of_bounded_length() {
+fn a_long_text_has_stretches_of_bounded_length_and_one_digest() {
     let paragraph = format!("{}\n\n", "word ".repeat(100));
-    let text = paragraph.repeat(100);
+    let text = paragraph.repeat(400);
     let found = read_bounded("a.txt", text.as_bytes(), PIECE_BYTES_MAX);
     assert_eq!(
-        found.documents.len(),
-        text.len().div_ceil(TXT_DOCUMENT_BYTES_MAX / paragraph.len() * paragraph.len())
+        found.texts.len(),
+        text.len().div_ceil(STRETCH_BYTES_MAX / paragraph.len() * paragraph.len())
     );
-    assert!(found.documents.iter().all(|document| document.ends_with("\n\n")));
-    assert_eq!(found.documents.concat(), text);
+    assert!(found.texts.iter().all(|stretch| stretch.ends_with("\n\n")));
+    assert_eq!(found.texts.concat(), text);
+    let parsed = |text: &str| parse(Content::Text(text.into()), "text").unwrap();
+    let (long, other) = (parsed(&text), parsed(&(text.clone() + "more")));
+    assert_eq!(long.stretches[0].digest, other.stretches[0].digest);
+    assert_ne!(long.digest, other.digest);
+    let short = parsed(&paragraph);
+    assert_eq!((short.stretches.len(), short.stretches[0].digest), (1, short.digest));
 }
 
 #[test]

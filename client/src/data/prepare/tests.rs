@@ -1,7 +1,7 @@
 //! Tests of preparing as a whole: the split, the cache, determinism, cancellation.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     fs,
     path::Path,
     sync::atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -9,7 +9,12 @@ use std::{
 };
 
 use super::{
-    super::{mixture::Share, stats::SplitStats},
+    super::{
+        documents::PIECE_BYTES_MAX,
+        mixture::Share,
+        parse::{self, STRETCH_BYTES_MAX},
+        stats::SplitStats,
+    },
     *,
 };
 
@@ -142,15 +147,81 @@ fn held_out_documents_stay_held_out_whatever_else_is_there() {
 fn a_few_large_text_files_are_held_out_in_proportion() {
     let site = Site::new(0.1);
     for file in 0..3 {
-        let text: String = (0..60_000)
-            .map(|line| format!("line {line} of {file}\n{}", if line % 5 == 0 { "\n" } else { "" }))
-            .collect();
-        site.write(&format!("{file}.txt"), text);
+        site.write(&format!("{file}.txt"), long_text(file, 240_000));
     }
     let stats = site.prepare().unwrap().stats.total();
     let share =
         stats.held_out.text_bytes as f64 / (stats.held_out.text_bytes + stats.train.text_bytes) as f64;
     assert!((0.05..0.15).contains(&share), "{share} of {} documents", stats.documents());
+}
+
+/// A text with a blank line now and then.
+fn long_text(file: u32, lines: u32) -> String {
+    (0..lines)
+        .map(|line| format!("line {line} of {file}\n{}", if line % 5 == 0 { "\n" } else { "" }))
+        .collect()
+}
+
+#[test]
+fn a_text_file_ends_once_and_is_held_out_in_whole_stretches() {
+    let site = Site::new(0.2);
+    let (long, short) = (long_text(0, 60_000), "a short text");
+    site.write("a.txt", &long);
+    site.write("b.txt", short);
+    let dataset = site.prepare().unwrap();
+    // What of the long text is trained on and held out, each with one end.
+    let of_long = |shard: &Shard| texts(shard).into_iter().find(|text| text.starts_with("line")).unwrap();
+    let (train, held_out) = (of_long(train(&dataset)), of_long(&dataset.held_out));
+    let stats = dataset.stats.total();
+    assert_eq!((stats.documents(), stats.train.documents + stats.held_out.documents), (3, 3));
+    let (mut from_train, mut from_held_out) = (train.as_str(), held_out.as_str());
+    let mut stretches = Vec::new();
+    for stretch in parse::parts(&long, STRETCH_BYTES_MAX) {
+        assert!(stretch.ends_with("\n\n") || long.ends_with(stretch));
+        let digest = blake3::hash(stretch.as_bytes());
+        let is_held_out = u64::from_le_bytes(digest.as_bytes()[..8].try_into().unwrap()) < u64::MAX / 5;
+        let rest = if is_held_out { &mut from_held_out } else { &mut from_train };
+        *rest = rest.strip_prefix(stretch).unwrap();
+        stretches.push(is_held_out);
+    }
+    assert_eq!((from_train, from_held_out), ("", ""));
+    assert!(stretches.len() > 15 && stretches.contains(&true), "{stretches:?}");
+}
+
+#[test]
+fn a_text_file_that_is_read_in_pieces_still_ends_once() {
+    let site = Site::new(0.0);
+    let text = "0123456789abcde\n".repeat(PIECE_BYTES_MAX / 16 + 1_000);
+    site.write("a.txt", &text);
+    site.write("b.txt", "another");
+    let dataset = site.prepare().unwrap();
+    let (shard, mut ends) = (train(&dataset), Vec::new());
+    for start in (0..shard.tokens()).step_by(1 << 20) {
+        let mut tokens = Vec::new();
+        shard.copy(start..shard.tokens().min(start + (1 << 20)), &mut tokens).unwrap();
+        ends.extend((start..).zip(tokens).filter(|(_, token)| *token == 256).map(|(at, _)| at));
+    }
+    let bytes = text.len() as u64;
+    assert_eq!(ends, [bytes, bytes + 8]);
+    assert_eq!((dataset.stats.total().documents(), dataset.stats.total().lengths.max()), (2, bytes + 1));
+}
+
+#[test]
+fn a_long_text_is_a_duplicate_only_as_a_whole() {
+    let site = Site::new(0.2);
+    let text = long_text(0, 60_000);
+    site.write("a.txt", &text);
+    site.write("b.txt", &text);
+    let before = site.prepare().unwrap().stats.total();
+    assert_eq!((before.duplicates, before.all().text_bytes), (1, text.len() as u64));
+    site.write("b.txt", text.clone() + "\nand one line");
+    let after = site.prepare().unwrap();
+    let stats = after.stats.total();
+    assert_eq!((stats.duplicates, stats.all().text_bytes), (0, 2 * text.len() as u64 + 13));
+    // What both have is on the same side of the split.
+    let (train, held_out) = (texts(train(&after)), texts(&after.held_out));
+    assert!(train[1].starts_with(&train[0][..train[0].len() / 2]));
+    assert!(held_out[1].starts_with(&held_out[0][..held_out[0].len() / 2]));
 }
 
 #[test]
@@ -194,7 +265,7 @@ fn sources_without_enough_text_are_errors_that_say_what_to_do() {
     check(
         0.1,
         &[("a.txt", b"one")],
-        &["of 1 documents 1 remain for training and 0 are held out", "provide more text"],
+        &["of 1 documents 1 have text to train on and 0 have held-out text", "provide more text"],
     );
     check(1.0, &[("a.txt", b"one")], &["held_out_fraction is 1"]);
     check(f64::NAN, &[("a.txt", b"one")], &["held_out_fraction is NaN"]);
