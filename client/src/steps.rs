@@ -181,8 +181,8 @@ impl<'a, T: Clone + Serialize + Send + 'static> Steps<'a, T> {
         writer: Writer,
         checkpoint_interval: Duration,
     ) -> Result<Self, StepsError> {
+        let clock = (Instant::now(), Duration::ZERO);
         let feed = text.feed(&progress.cursor)?;
-        let clock = (Instant::now(), feed.waited());
         Ok(Self {
             trainer,
             feed,
