@@ -27,6 +27,8 @@ use super::{
 /// Most bytes of one file held at a time, uncompressed. A longer line of a `.jsonl` file is skipped; a longer
 /// `.txt` file is read in several pieces.
 pub(super) const PIECE_BYTES_MAX: usize = 64 << 20;
+/// A page of a `.parquet` file may hold this many of the longest texts, which are half a gigabyte.
+const PAGE_PIECES_MAX: usize = 8;
 /// Read from disk at a time.
 const READ_BYTES: usize = 1 << 16;
 
@@ -130,9 +132,10 @@ impl<'a> Reader<'a> {
         self.next_file += 1;
         let bytes = Arc::clone(&self.bytes_of_open);
         let key = &self.sources[file.source].text_key;
-        Some(File::open(&file.path).and_then(|open| OpenFile::new(file, open, bytes, key)).map(|open| {
-            self.open = Some(open);
-        }))
+        let page_bytes_max = (self.piece_bytes_max * PAGE_PIECES_MAX) as u64;
+        let open = File::open(&file.path);
+        let open = open.and_then(|open| OpenFile::new(file, open, bytes, key, page_bytes_max));
+        Some(open.map(|open| self.open = Some(open)))
     }
 
     fn close(&mut self) {
@@ -170,9 +173,16 @@ impl Iterator for Reader<'_> {
 }
 
 impl OpenFile {
-    fn new(file: &SourceFile, open: File, bytes: Arc<AtomicU64>, text_key: &str) -> io::Result<Self> {
+    fn new(
+        file: &SourceFile,
+        open: File,
+        bytes: Arc<AtomicU64>,
+        text_key: &str,
+        page_bytes_max: u64,
+    ) -> io::Result<Self> {
         if file.format == Format::Parquet {
-            return Ok(Self::Rows { rows: Box::new(Rows::open(open, bytes, text_key)?), row: 0 });
+            let rows = Box::new(Rows::open(open, bytes, text_key, page_bytes_max)?);
+            return Ok(Self::Rows { rows, row: 0 });
         }
         let raw = BufReader::with_capacity(READ_BYTES, Counted { file: open, bytes });
         let stream: Box<dyn BufRead + Send> = match file.compression {
@@ -249,9 +259,10 @@ fn row_content(text: Row, bytes_max: usize) -> Content {
         Some(text) if text.len() > bytes_max => {
             Content::Fault(format!("the text is longer than {bytes_max} bytes"))
         }
-        Some(text) => Content::Row(text),
+        // A copy, since the page is to be let go of.
+        Some(text) => Content::Row(text.data().to_vec()),
     }
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

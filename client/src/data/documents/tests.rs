@@ -13,12 +13,12 @@ use super::{
 };
 
 /// Everything that is read of one file: stretches of text, and faults as "line: reason".
-struct Found {
+pub(in super::super) struct Found {
     texts: Vec<String>,
-    faults: Vec<String>,
+    pub(in super::super) faults: Vec<String>,
 }
 
-fn read_bounded(name: &str, bytes: &[u8], piece_bytes_max: usize) -> Found {
+pub(in super::super) fn read_bounded(name: &str, bytes: &[u8], piece_bytes_max: usize) -> Found {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join(name), bytes).unwrap();
     let listing = source::list(folder.path(), 0).unwrap();
@@ -39,7 +39,7 @@ fn read_bounded(name: &str, bytes: &[u8], piece_bytes_max: usize) -> Found {
     found
 }
 
-fn check(name: &str, bytes: &[u8], texts: &[&str], faults: &[&str]) {
+pub(in super::super) fn check(name: &str, bytes: &[u8], texts: &[&str], faults: &[&str]) {
     let found = read_bounded(name, bytes, 64);
     assert_eq!(found.texts, texts, "{name}");
     assert_eq!(found.faults.len(), faults.len(), "{:?}", found.faults);
@@ -66,72 +66,6 @@ fn every_format_gives_its_documents() {
     check("a.txt.gz", &gzip(b"text"), &["text"], &[]);
     check("a.txt.zst", &zstd::encode_all(&b"text"[..], 1).unwrap(), &["text"], &[]);
     check("a.txt", b"", &[], &[]);
-}
-
-/// A file with one text column, in row groups of three rows.
-fn parquet(schema: &str, rows: &[Option<&str>], compression: parquet::basic::Compression) -> Vec<u8> {
-    use parquet::{data_type::ByteArrayType, file};
-    let schema = parquet::schema::parser::parse_message_type(schema).unwrap();
-    let properties = file::properties::WriterProperties::builder().set_compression(compression).build();
-    let mut bytes = Vec::new();
-    let mut writer =
-        file::writer::SerializedFileWriter::new(&mut bytes, schema.into(), properties.into()).unwrap();
-    for rows in rows.chunks(3) {
-        let mut group = writer.next_row_group().unwrap();
-        let levels: Vec<i16> = rows.iter().map(|row| i16::from(row.is_some())).collect();
-        let texts: Vec<_> =
-            rows.iter().flatten().map(|text| parquet::data_type::ByteArray::from(*text)).collect();
-        while let Some(mut column) = group.next_column().unwrap() {
-            column.typed::<ByteArrayType>().write_batch(&texts, Some(&levels), None).unwrap();
-            column.close().unwrap();
-        }
-        group.close().unwrap();
-    }
-    writer.close().unwrap();
-    bytes
-}
-
-const PARQUET: &str = "message rows { optional binary id (UTF8); optional binary text (UTF8); }";
-
-#[test]
-fn the_rows_of_a_parquet_file_are_documents() {
-    use parquet::basic::{Compression, GzipLevel, ZstdLevel};
-    let rows = [Some("one"), None, Some("zwei\nü"), Some(""), Some("five"), Some("six"), Some("seven")];
-    for compression in [
-        Compression::UNCOMPRESSED,
-        Compression::SNAPPY,
-        Compression::GZIP(GzipLevel::default()),
-        Compression::ZSTD(ZstdLevel::default()),
-        Compression::LZ4_RAW,
-    ] {
-        let file = parquet(PARQUET, &rows, compression);
-        check(
-            "a.parquet",
-            &file,
-            &["one", "zwei\nü", "five", "six", "seven"],
-            &["2: there is no text (null)"],
-        );
-    }
-    let long = "x".repeat(65);
-    let file = parquet(PARQUET, &[Some(&long), Some("two"), Some("a\0b")], Compression::SNAPPY);
-    check("a.parquet", &file, &["two"], &["1: the text is longer than 64 bytes", "3: not text: a NUL"]);
-}
-
-#[test]
-fn a_parquet_file_without_the_column_or_damaged_is_skipped_with_its_reason() {
-    let compression = parquet::basic::Compression::SNAPPY;
-    let other = "message rows { optional binary body (UTF8); optional binary title (UTF8); }";
-    let file = parquet(other, &[Some("one")], compression);
-    check(
-        "a.parquet",
-        &file,
-        &[],
-        &["0: cannot be read on: it has no column \"text\"; there are body, title"],
-    );
-    let good = parquet(PARQUET, &[Some("one"), Some("two")], compression);
-    check("a.parquet", b"not parquet at all", &[], &["cannot be read on"]);
-    check("a.parquet", &good[..good.len() - 9], &[], &["cannot be read on"]);
-    check("a.parquet", &good[..2], &[], &["cannot be read on"]);
 }
 
 #[test]
@@ -269,23 +203,6 @@ proptest! {
         let found: Vec<&str> = parts(&text, bytes_max).collect();
         prop_assert_eq!(found.concat(), text.as_str());
         prop_assert!(found.iter().all(|part| !part.is_empty() && part.len() <= bytes_max));
-    }
-
-    #[test]
-    fn a_damaged_parquet_file_is_never_fatal(
-        damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8), cut in any::<prop::sample::Index>(),
-        whole: bool,
-    ) {
-        let rows = [Some("one"), None, Some("three"), Some("three"), Some("five and more")];
-        let mut bytes = parquet(PARQUET, &rows, parquet::basic::Compression::SNAPPY);
-        for (at, byte) in damage {
-            let at = at.index(bytes.len());
-            bytes[at] = byte;
-        }
-        if !whole {
-            bytes.truncate(cut.index(bytes.len()));
-        }
-        read_bounded("a.parquet", &bytes, 64);
     }
 
     #[test]
