@@ -64,27 +64,34 @@ impl Piece {
     }
 }
 
+/// Whoever wanted the text no longer does.
+#[derive(Debug, thiserror::Error)]
+#[error("cancelled")]
+pub(super) struct Cancelled;
+
 /// Reads files one after the other, piece by piece.
 pub(super) struct Reader<'a> {
     /// What the files' `source` counts in.
     sources: &'a [Source],
     files: &'a [SourceFile],
+    /// Asked before each piece, and within it before each reading of some kilobytes.
+    cancelled: &'a (dyn Fn() -> bool + Sync),
     next_file: usize,
-    open: Option<OpenFile>,
+    open: Option<OpenFile<'a>>,
     /// Bytes taken from disk of the open file, counted below its decompressor.
     bytes_of_open: Arc<AtomicU64>,
     bytes_before: u64,
     piece_bytes_max: usize,
 }
 
-enum OpenFile {
+enum OpenFile<'a> {
     Text {
-        stream: Box<dyn BufRead + Send>,
+        stream: Box<dyn BufRead + Send + 'a>,
         /// What was read of the next piece of a long file.
         carry: Vec<u8>,
     },
     Lines {
-        stream: Box<dyn BufRead + Send>,
+        stream: Box<dyn BufRead + Send + 'a>,
         line: u64,
     },
     Rows {
@@ -106,11 +113,32 @@ impl Read for Counted {
     }
 }
 
+/// A stream that ends with [`Cancelled`] where it is asked to.
+struct Cancellable<'a, R> {
+    stream: R,
+    cancelled: &'a (dyn Fn() -> bool + Sync),
+}
+
+impl<R: Read> Read for Cancellable<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if (self.cancelled)() {
+            return Err(io::Error::other(Cancelled));
+        }
+        let end = buffer.len().min(READ_BYTES);
+        self.stream.read(&mut buffer[..end])
+    }
+}
+
 impl<'a> Reader<'a> {
-    pub(super) fn new(sources: &'a [Source], files: &'a [SourceFile]) -> Self {
+    pub(super) fn new(
+        sources: &'a [Source],
+        files: &'a [SourceFile],
+        cancelled: &'a (dyn Fn() -> bool + Sync),
+    ) -> Self {
         Self {
             sources,
             files,
+            cancelled,
             next_file: 0,
             open: None,
             bytes_of_open: Arc::default(),
@@ -134,7 +162,10 @@ impl<'a> Reader<'a> {
         let key = &self.sources[file.source].text_key;
         let page_bytes_max = (self.piece_bytes_max * PAGE_PIECES_MAX) as u64;
         let open = File::open(&file.path);
-        let open = open.and_then(|open| OpenFile::new(file, open, bytes, key, page_bytes_max));
+        let open = open.and_then(|open| match file.format {
+            Format::Parquet => OpenFile::rows(open, bytes, key, page_bytes_max),
+            Format::Text | Format::JsonLines => OpenFile::stream(file, open, bytes, self.cancelled),
+        });
         Some(open.map(|open| self.open = Some(open)))
     }
 
@@ -146,10 +177,13 @@ impl<'a> Reader<'a> {
 }
 
 impl Iterator for Reader<'_> {
-    type Item = Piece;
+    type Item = Result<Piece, Cancelled>;
 
-    fn next(&mut self) -> Option<Piece> {
+    fn next(&mut self) -> Option<Result<Piece, Cancelled>> {
         loop {
+            if (self.cancelled)() {
+                return Some(Err(Cancelled));
+            }
             let result = match &mut self.open {
                 Some(open) => open.next_piece(self.piece_bytes_max),
                 None => match self.open_next()? {
@@ -160,40 +194,43 @@ impl Iterator for Reader<'_> {
             let line = self.open.as_ref().and_then(OpenFile::line);
             let file = self.next_file - 1;
             match result {
-                Ok(Some(content)) => return Some(Piece { file, line, content }),
+                Ok(Some(content)) => return Some(Ok(Piece { file, line, content })),
                 Ok(None) => self.close(),
+                Err(error) if error.get_ref().is_some_and(|error| error.is::<Cancelled>()) => {
+                    return Some(Err(Cancelled));
+                }
                 Err(error) => {
                     self.close();
                     let content = Content::Fault(format!("cannot be read on: {error}"));
-                    return Some(Piece { file, line, content });
+                    return Some(Ok(Piece { file, line, content }));
                 }
             }
         }
     }
 }
 
-impl OpenFile {
-    fn new(
+impl<'a> OpenFile<'a> {
+    fn rows(file: File, bytes: Arc<AtomicU64>, text_key: &str, page_bytes_max: u64) -> io::Result<Self> {
+        let rows = Box::new(Rows::open(file, bytes, text_key, page_bytes_max)?);
+        Ok(Self::Rows { rows, row: 0 })
+    }
+
+    /// Of a `.txt` or `.jsonl` file.
+    fn stream(
         file: &SourceFile,
         open: File,
         bytes: Arc<AtomicU64>,
-        text_key: &str,
-        page_bytes_max: u64,
+        cancelled: &'a (dyn Fn() -> bool + Sync),
     ) -> io::Result<Self> {
-        if file.format == Format::Parquet {
-            let rows = Box::new(Rows::open(open, bytes, text_key, page_bytes_max)?);
-            return Ok(Self::Rows { rows, row: 0 });
-        }
         let raw = BufReader::with_capacity(READ_BYTES, Counted { file: open, bytes });
-        let stream: Box<dyn BufRead + Send> = match file.compression {
+        let text: Box<dyn Read + Send> = match file.compression {
             Compression::None => Box::new(raw),
-            Compression::Gzip => {
-                Box::new(BufReader::with_capacity(READ_BYTES, flate2::bufread::MultiGzDecoder::new(raw)))
-            }
-            Compression::Zstd => {
-                Box::new(BufReader::with_capacity(READ_BYTES, zstd::Decoder::with_buffer(raw)?))
-            }
+            Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(raw)),
+            Compression::Zstd => Box::new(zstd::Decoder::with_buffer(raw)?),
         };
+        // Around the decompressor: a small archive may hold a long text.
+        let text = Cancellable { stream: text, cancelled };
+        let stream = Box::new(BufReader::with_capacity(READ_BYTES, text));
         Ok(match file.format {
             Format::JsonLines => Self::Lines { stream, line: 0 },
             Format::Text | Format::Parquet => Self::Text { stream, carry: Vec::new() },

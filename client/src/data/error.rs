@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::parse::STRETCH_BYTES_MAX;
+use super::{documents::Cancelled, parse::STRETCH_BYTES_MAX};
 
 /// Why a site's text cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -184,6 +184,12 @@ pub enum DataError {
     /// The caller asked to stop.
     #[error("preparing the data was cancelled; nothing was kept")]
     Cancelled,
+}
+
+impl From<Cancelled> for DataError {
+    fn from(_: Cancelled) -> Self {
+        Self::Cancelled
+    }
 }
 
 impl DataError {

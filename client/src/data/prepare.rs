@@ -14,7 +14,7 @@ use consort_common::ids::Digest;
 use self::pass::Pass;
 use super::{
     cache::{Cache, Prepared, Preparing},
-    documents::{Piece, Reader},
+    documents::{Cancelled, Piece, Reader},
     error::DataError,
     mixture::{self, Mixture, Source},
     shard::Shard,
@@ -83,7 +83,8 @@ pub struct Dataset {
 /// [`super::parse::STRETCH_BYTES_MAX`] is held out stretch by stretch in the same way. Should that hold out none of at
 /// least two, the one with the smallest digest is.
 ///
-/// Blocks until done; `progress` is told after each batch, `cancelled` asked before each piece.
+/// Blocks until done; `progress` is told after each batch, `cancelled` asked before each piece of a file and within
+/// a long one.
 ///
 /// # Errors
 /// See [`DataError`]. After an error the cache is as it was before.
@@ -216,10 +217,10 @@ impl Preparation<'_> {
         let writers = preparing.writers(request.sources.len(), request.vocabulary_size)?;
         let mut pass = Pass::new(request, &files.files, threshold, writers, self.empty_stats());
         let bytes_total = files.files.iter().map(|file| file.bytes).sum();
-        let mut reader = Reader::new(&request.sources, &files.files);
-        let mut batch = self.read_batch(&mut reader)?;
+        let mut reader = Reader::new(&request.sources, &files.files, self.cancelled);
+        let mut batch = read_batch(&mut reader)?;
         while !batch.is_empty() {
-            let (next, processed) = rayon::join(|| self.read_batch(&mut reader), || pass.process(batch));
+            let (next, processed) = rayon::join(|| read_batch(&mut reader), || pass.process(batch));
             processed?;
             batch = next?;
             if batch.is_empty() {
@@ -234,20 +235,17 @@ impl Preparation<'_> {
         }
         Ok(pass)
     }
+}
 
-    fn read_batch(&self, reader: &mut Reader<'_>) -> Result<Vec<Piece>, DataError> {
-        let mut batch = Vec::new();
-        let mut bytes = 0;
-        while bytes < BATCH_BYTES && batch.len() < BATCH_PIECES_MAX {
-            if (self.cancelled)() {
-                return Err(DataError::Cancelled);
-            }
-            let Some(piece) = reader.next() else { break };
-            bytes += piece.bytes();
-            batch.push(piece);
-        }
-        Ok(batch)
+fn read_batch(reader: &mut Reader<'_>) -> Result<Vec<Piece>, Cancelled> {
+    let mut batch = Vec::new();
+    let mut bytes = 0;
+    while bytes < BATCH_BYTES && batch.len() < BATCH_PIECES_MAX {
+        let Some(piece) = reader.next().transpose()? else { break };
+        bytes += piece.bytes();
+        batch.push(piece);
     }
+    Ok(batch)
 }
 
 fn check_split(sources: &[Source], stats: &Stats, holds_out: bool) -> Result<(), DataError> {

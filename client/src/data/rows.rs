@@ -40,7 +40,9 @@ enum RowsError {
     NoColumn { key: String, names: String },
     #[error("its column {key:?} does not hold one text for each row")]
     NotText { key: String },
-    #[error("its text is compressed with {codec}, which is not read here: write it with zstd, gzip, lz4 or snappy")]
+    #[error(
+        "its text is compressed with {codec}, which is not read here: write it with zstd, gzip, lz4 or snappy"
+    )]
     Codec { codec: &'static str },
     #[error("it has a page of {bytes} bytes, more than {bytes_max}: write the file with smaller pages")]
     Page { bytes: u64, bytes_max: u64 },

@@ -20,7 +20,7 @@ use tokenizers::{
 };
 
 use super::{
-    documents::{Piece, Reader},
+    documents::{Cancelled, Piece, Reader},
     error::DataError,
     mixture::{self, Source},
     parse::{Parsed, parse, parts},
@@ -147,11 +147,12 @@ fn sample(
         files.extend(listing.files);
     }
     let bytes_total = files.iter().map(|file| file.bytes).sum();
-    let mut reader = Reader::new(&request.sources, &files);
+    // Whoever stops this ends the process: nothing is written before it is done.
+    let mut reader = Reader::new(&request.sources, &files, &|| false);
     let mut sample = Sample::default();
     let mut first_fault = None;
     loop {
-        let batch = read_batch(&mut reader);
+        let batch = read_batch(&mut reader)?;
         if batch.is_empty() {
             break;
         }
@@ -183,15 +184,15 @@ fn sample(
     Ok((sample, skipped))
 }
 
-fn read_batch(reader: &mut Reader<'_>) -> Vec<Piece> {
+fn read_batch(reader: &mut Reader<'_>) -> Result<Vec<Piece>, Cancelled> {
     let mut bytes = 0;
     let mut batch = Vec::new();
     while bytes < BATCH_BYTES && batch.len() < BATCH_PIECES_MAX {
-        let Some(piece) = reader.next() else { break };
+        let Some(piece) = reader.next().transpose()? else { break };
         bytes += piece.bytes();
         batch.push(piece);
     }
-    batch
+    Ok(batch)
 }
 
 #[cfg(test)]

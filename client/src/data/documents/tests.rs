@@ -1,6 +1,10 @@
 //! Tests of reading: formats, bounds, damage.
 
-use std::{fs, io::Write};
+use std::{
+    fs,
+    io::Write,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use proptest::prelude::*;
 
@@ -23,10 +27,11 @@ pub(in super::super) fn read_bounded(name: &str, bytes: &[u8], piece_bytes_max: 
     fs::write(folder.path().join(name), bytes).unwrap();
     let listing = source::list(folder.path(), 0).unwrap();
     let sources = [Source::new(folder.path())];
-    let mut reader = Reader::new(&sources, &listing.files);
+    let mut reader = Reader::new(&sources, &listing.files, &|| false);
     reader.piece_bytes_max = piece_bytes_max;
     let mut found = Found { texts: Vec::new(), faults: Vec::new() };
     for piece in reader.by_ref() {
+        let piece = piece.unwrap();
         assert!(piece.bytes() <= piece_bytes_max + 1 || matches!(piece.content, Content::Fault(_)));
         match parse(piece.content, "text") {
             Ok(Parsed { text, stretches, .. }) => {
@@ -150,6 +155,39 @@ fn a_line_that_is_too_long_is_skipped_without_being_held() {
     check("a.jsonl", line(65).as_bytes(), &[], &["1: the line is longer"]);
 }
 
+/// A line that is skipped, blank lines, a text: all far longer than what is read between two questions.
+#[test]
+fn reading_is_cancelled_within_a_piece() {
+    let long = vec![b'x'; 1 << 20];
+    let files = [
+        ("a.jsonl", long.clone()),
+        ("a.jsonl.gz", gzip(&long)),
+        ("a.jsonl.zst", zstd::encode_all(&long[..], 1).unwrap()),
+        ("b.jsonl", vec![b'\n'; 1 << 20]),
+        ("a.txt", long),
+    ];
+    for (name, bytes) in files {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join(name), bytes).unwrap();
+        let listing = source::list(folder.path(), 0).unwrap();
+        let sources = [Source::new(folder.path())];
+        let read = |stop: usize| {
+            let asked = AtomicUsize::new(0);
+            let cancelled = || asked.fetch_add(1, Ordering::Relaxed) == stop;
+            let mut reader = Reader::new(&sources, &listing.files, &cancelled);
+            if name.contains("jsonl") {
+                reader.piece_bytes_max = 64;
+            }
+            let is_cancelled = reader.take_while(Result::is_ok).count() == 0;
+            (is_cancelled, asked.into_inner())
+        };
+        assert!(read(usize::MAX).1 >= (1 << 20) / READ_BYTES, "{name}");
+        for stop in [0, 1, 7] {
+            assert_eq!(read(stop), (true, stop + 1), "{name}");
+        }
+    }
+}
+
 #[test]
 fn a_long_text_is_read_in_pieces() {
     let text: String =
@@ -165,10 +203,7 @@ fn a_long_text_has_stretches_of_bounded_length_and_one_digest() {
     let paragraph = format!("{}\n\n", "word ".repeat(100));
     let text = paragraph.repeat(400);
     let found = read_bounded("a.txt", text.as_bytes(), PIECE_BYTES_MAX);
-    assert_eq!(
-        found.texts.len(),
-        text.len().div_ceil(STRETCH_BYTES_MAX / paragraph.len() * paragraph.len())
-    );
+    assert_eq!(found.texts.len(), text.len().div_ceil(STRETCH_BYTES_MAX / paragraph.len() * paragraph.len()));
     assert!(found.texts.iter().all(|stretch| stretch.ends_with("\n\n")));
     assert_eq!(found.texts.concat(), text);
     let parsed = |text: &str| parse(Content::Text(text.into()), "text").unwrap();

@@ -133,9 +133,8 @@ impl<'a> Pass<'a> {
     /// Neighbouring stretches on the same side of the split together, as far as they can be encoded at once.
     fn parts<'t>(&self, id: DocumentId, parsed: &'t Parsed) -> impl Iterator<Item = Part<'t>> + use<'t> {
         let threshold = self.threshold;
-        let runs = parsed.stretches.chunk_by(move |one, next| {
-            (one.digest < threshold) == (next.digest < threshold)
-        });
+        let runs =
+            parsed.stretches.chunk_by(move |one, next| (one.digest < threshold) == (next.digest < threshold));
         runs.flat_map(move |run| {
             let is_held_out = run[0].digest < threshold;
             let text = &parsed.text[run[0].range.start..run[run.len() - 1].range.end];
@@ -168,7 +167,8 @@ impl<'a> Pass<'a> {
         let Some(Unended { id, train, held_out }) = self.unended.take() else { return Ok(()) };
         let end = self.width().encode(&[self.request.tokenizer.end_of_text()]);
         let source = self.files[id.file].source;
-        let SourceStats { train: to_train, held_out: to_hold_out, lengths, .. } = &mut self.stats.sources[source];
+        let SourceStats { train: to_train, held_out: to_hold_out, lengths, .. } =
+            &mut self.stats.sources[source];
         for (tokens, split, writer) in [
             (train, to_train, &mut self.writers.train[source]),
             (held_out, to_hold_out, &mut self.writers.held_out),

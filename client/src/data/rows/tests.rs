@@ -96,7 +96,8 @@ fn a_codec_that_is_not_read_is_named() {
 fn a_page_that_is_too_large_or_claims_to_be_is_refused_unread() {
     use parquet::basic::Compression;
     let texts: Vec<String> = (0..10).map(|text| format!("{text} {}", "x".repeat(58))).collect();
-    let rows: Vec<Option<&str>> = texts.iter().map(|text| Some(text.as_str())).collect();
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    let rows: Vec<Option<&str>> = texts.iter().copied().map(Some).collect();
     // Three rows of 64 bytes with their lengths are less than 512; all ten in one page are more.
     check("a.parquet", &parquet(ONLY_TEXT, &rows[..3], Compression::SNAPPY), &texts[..3], &[]);
     let one_group = in_groups(ONLY_TEXT, &rows, Compression::UNCOMPRESSED, 10);
