@@ -181,10 +181,10 @@ impl<'a, T: Clone + Serialize + Send + 'static> Steps<'a, T> {
         writer: Writer,
         checkpoint_interval: Duration,
     ) -> Result<Self, StepsError> {
+        let clock = (Instant::now(), Duration::ZERO);
         let feed = text.feed(&progress.cursor)?;
         // What a training that was given up did not read is none of this one's.
         trainer.take_results()?;
-        let clock = (Instant::now(), feed.waited());
         Ok(Self {
             trainer,
             feed,
