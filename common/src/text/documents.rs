@@ -128,6 +128,10 @@ impl<R: Read> Read for Cancellable<'_, R> {
     }
 }
 
+fn is_cancelled(error: &io::Error) -> bool {
+    matches!(error.get_ref(), Some(reason) if reason.is::<Cancelled>())
+}
+
 impl<'a> Reader<'a> {
     /// Begins at the first file.
     pub fn new(files: &'a [SourceFile], cancelled: &'a (dyn Fn() -> bool + Sync)) -> Self {
@@ -190,9 +194,7 @@ impl Iterator for Reader<'_> {
             match result {
                 Ok(Some(content)) => return Some(Ok(Piece { file, line, content })),
                 Ok(None) => self.close(),
-                Err(error) if error.get_ref().is_some_and(|error| error.is::<Cancelled>()) => {
-                    return Some(Err(Cancelled));
-                }
+                Err(error) if is_cancelled(&error) => return Some(Err(Cancelled)),
                 Err(error) => {
                     self.close();
                     let content = Content::Fault(format!("cannot be read on: {error}"));
