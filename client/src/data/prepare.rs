@@ -9,17 +9,18 @@ mod pass;
 
 use std::path::PathBuf;
 
-use consort_common::ids::Digest;
+use consort_common::{
+    ids::Digest,
+    text::{Cancelled, Piece, Reader, Skipped, SourceFile, TextError, list},
+};
 
 use self::pass::Pass;
 use super::{
     cache::{Cache, Prepared, Preparing},
-    documents::{Cancelled, Piece, Reader},
     error::DataError,
     mixture::{self, Mixture, Source},
     shard::Shard,
-    source::{self, SourceFile},
-    stats::{Skipped, SourceStats, Stats},
+    stats::{SourceStats, Stats},
     tokenizer::Tokenizer,
 };
 
@@ -80,7 +81,7 @@ pub struct Dataset {
 ///
 /// A document is held out if the first 64 bits of its BLAKE3, as a fraction of 2^64, are less than
 /// `held_out_fraction`: whichever other documents there are, and wherever it lies. A `.txt` file longer than
-/// [`super::parse::STRETCH_BYTES_MAX`] is held out stretch by stretch in the same way. Should that hold out none of at
+/// [`consort_common::text::STRETCH_BYTES_MAX`] is held out stretch by stretch in the same way. Should that hold out none of at
 /// least two, the one with the smallest digest is.
 ///
 /// Blocks until done; `progress` is told after each batch, `cancelled` asked before each piece of a file and within
@@ -125,7 +126,7 @@ impl Files {
     fn list(sources: &[Source]) -> Result<Self, DataError> {
         let mut all = Self { files: Vec::new(), faults: Vec::new() };
         for (index, source) in sources.iter().enumerate() {
-            let listing = source::list(&source.path, index)?;
+            let listing = list(&source.path, index, &source.text_key)?;
             all.files.extend(listing.files);
             all.faults.push(listing.faults);
         }
@@ -217,7 +218,7 @@ impl Preparation<'_> {
         let writers = preparing.writers(request.sources.len(), request.vocabulary_size)?;
         let mut pass = Pass::new(request, &files.files, threshold, writers, self.empty_stats());
         let bytes_total = files.files.iter().map(|file| file.bytes).sum();
-        let mut reader = Reader::new(&request.sources, &files.files, self.cancelled);
+        let mut reader = Reader::new(&files.files, self.cancelled);
         let mut batch = read_batch(&mut reader)?;
         while !batch.is_empty() {
             let (next, processed) = rayon::join(|| read_batch(&mut reader), || pass.process(batch));
@@ -256,7 +257,9 @@ fn check_split(sources: &[Source], stats: &Stats, holds_out: bool) -> Result<(),
             None => "all are empty or blank".to_owned(),
         };
         let paths: Vec<String> = sources.iter().map(|source| source.path.display().to_string()).collect();
-        return Err(DataError::NoDocuments { paths: paths.join(", "), files: total.files, first_fault });
+        return Err(
+            TextError::NoDocuments { paths: paths.join(", "), files: total.files, first_fault }.into()
+        );
     }
     let (train, held_out) = (total.train.documents, total.held_out.documents);
     if train == 0 || (holds_out && held_out == 0) {

@@ -1,6 +1,7 @@
 //! What preparing found, source by source: the numbers that a site sees and reports, and the list of what was
 //! skipped. Holds no text.
 
+use consort_common::text::Skipped;
 use serde::{Deserialize, Serialize};
 
 use super::lengths::Lengths;
@@ -52,17 +53,6 @@ pub struct SplitStats {
     pub tokens: u64,
     /// Its UTF-8 bytes.
     pub text_bytes: u64,
-}
-
-/// Something that was skipped, and why.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Skipped {
-    /// Path relative to the source.
-    pub file: String,
-    /// Line in the file (row, of a .parquet file), from 1; absent where a file or a piece of it was skipped.
-    pub line: Option<u64>,
-    /// What was wrong; never content.
-    pub reason: String,
 }
 
 impl Stats {
@@ -127,16 +117,5 @@ impl SplitStats {
 
     pub(super) fn add(&mut self, more: Self) {
         *self = self.plus(more);
-    }
-}
-
-impl std::fmt::Display for Skipped {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let rows = self.file.to_ascii_lowercase().ends_with(".parquet");
-        match self.line {
-            Some(row) if rows => write!(f, "{}, row {row}: {}", self.file, self.reason),
-            Some(line) => write!(f, "{}, line {line}: {}", self.file, self.reason),
-            None => write!(f, "{}: {}", self.file, self.reason),
-        }
     }
 }

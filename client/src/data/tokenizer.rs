@@ -9,12 +9,13 @@ use std::sync::Arc;
 use consort_common::{
     ids::Digest,
     spec::TokenizerSpec,
+    text::parts,
     tokenizer::{BYTE_END_OF_TEXT, BYTE_END_OF_TEXT_ID, BYTE_VOCABULARY, byte_tokenizer_json},
 };
 use rayon::prelude::*;
 use tokenizers::ModelWrapper;
 
-use super::{error::DataError, parse, shard::TokenWidth, words::Words};
+use super::{error::DataError, shard::TokenWidth, words::Words};
 
 /// Longest text given to the tokenizers library at once, in bytes: it needs some hundred bytes of memory per
 /// token. Longer documents are encoded in parts, cut where paragraphs end; a token never spans a cut.
@@ -141,7 +142,7 @@ impl Tokenizer {
             Kind::HuggingFace(tokenizer) => tokenizer,
         };
         let mut ids = Vec::new();
-        for part in parse::parts(text, ENCODE_BYTES_MAX) {
+        for part in parts(text, ENCODE_BYTES_MAX) {
             tokenizer.encode(part, &mut ids).map_err(|error| DataError::Tokenizer {
                 reason: format!("it cannot encode some text: {error}"),
             })?;

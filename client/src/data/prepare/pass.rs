@@ -7,17 +7,15 @@
 
 use std::collections::HashSet;
 
+use consort_common::text::{Parsed, Piece, Skipped, SourceFile, parse, parts};
 use rayon::prelude::*;
 
 use super::{
     super::{
         cache::Writers,
-        documents::Piece,
         error::DataError,
-        parse::{Parsed, parse, parts},
         shard::TokenWidth,
-        source::SourceFile,
-        stats::{Skipped, SourceStats, SplitStats, Stats},
+        stats::{SourceStats, SplitStats, Stats},
         tokenizer::ENCODE_BYTES_MAX,
     },
     PrepareRequest,
@@ -96,10 +94,9 @@ impl<'a> Pass<'a> {
 
     /// Reads, encodes and writes a batch.
     pub(super) fn process(&mut self, batch: Vec<Piece>) -> Result<(), DataError> {
-        let (files, sources) = (self.files, &self.request.sources);
+        let files = self.files;
         let parse = |Piece { file, line, content }| {
-            let text_key = &sources[files[file].source].text_key;
-            (DocumentId { file, line }, parse(content, text_key))
+            (DocumentId { file, line }, parse(content, &files[file].text_key))
         };
         let parsed: Vec<_> = batch.into_par_iter().map(parse).collect();
         let mut chosen = Vec::new();

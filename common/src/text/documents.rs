@@ -18,7 +18,6 @@ use std::{
 };
 
 use super::{
-    mixture::Source,
     parse::cut_point,
     rows::{Row, Rows},
     source::{Compression, Format, SourceFile},
@@ -26,7 +25,7 @@ use super::{
 
 /// Most bytes of one file held at a time, uncompressed. A longer line of a `.jsonl` file is skipped; a longer
 /// `.txt` file is read in several pieces.
-pub(super) const PIECE_BYTES_MAX: usize = 64 << 20;
+pub const PIECE_BYTES_MAX: usize = 64 << 20;
 /// A page of a `.parquet` file may hold this many of the longest texts, which are half a gigabyte.
 const PAGE_PIECES_MAX: usize = 8;
 /// Read from disk at a time.
@@ -34,16 +33,18 @@ const READ_BYTES: usize = 1 << 16;
 
 /// A part of a file as it was read, to be parsed on any thread.
 #[derive(Debug)]
-pub(super) struct Piece {
-    /// Index in the listing.
-    pub(super) file: usize,
+pub struct Piece {
+    /// Index in the list of files.
+    pub file: usize,
     /// Line or row in the file from 1, where it has such.
-    pub(super) line: Option<u64>,
-    pub(super) content: Content,
+    pub line: Option<u64>,
+    /// What was read.
+    pub content: Content,
 }
 
+/// What a piece consists of.
 #[derive(Debug)]
-pub(super) enum Content {
+pub enum Content {
     /// A `.txt` file, or a part of a long one.
     Text(Vec<u8>),
     /// A line of a `.jsonl` file.
@@ -56,7 +57,7 @@ pub(super) enum Content {
 
 impl Piece {
     /// Bytes held.
-    pub(super) fn bytes(&self) -> usize {
+    pub fn bytes(&self) -> usize {
         match &self.content {
             Content::Text(bytes) | Content::JsonLine(bytes) | Content::Row(bytes) => bytes.len(),
             Content::Fault(reason) => reason.len(),
@@ -67,12 +68,10 @@ impl Piece {
 /// Whoever wanted the text no longer does.
 #[derive(Debug, thiserror::Error)]
 #[error("cancelled")]
-pub(super) struct Cancelled;
+pub struct Cancelled;
 
 /// Reads files one after the other, piece by piece.
-pub(super) struct Reader<'a> {
-    /// What the files' `source` counts in.
-    sources: &'a [Source],
+pub struct Reader<'a> {
     files: &'a [SourceFile],
     /// Asked before each piece, and within it before each reading of some kilobytes.
     cancelled: &'a (dyn Fn() -> bool + Sync),
@@ -129,14 +128,14 @@ impl<R: Read> Read for Cancellable<'_, R> {
     }
 }
 
+fn is_cancelled(error: &io::Error) -> bool {
+    matches!(error.get_ref(), Some(reason) if reason.is::<Cancelled>())
+}
+
 impl<'a> Reader<'a> {
-    pub(super) fn new(
-        sources: &'a [Source],
-        files: &'a [SourceFile],
-        cancelled: &'a (dyn Fn() -> bool + Sync),
-    ) -> Self {
+    /// Begins at the first file.
+    pub fn new(files: &'a [SourceFile], cancelled: &'a (dyn Fn() -> bool + Sync)) -> Self {
         Self {
-            sources,
             files,
             cancelled,
             next_file: 0,
@@ -148,7 +147,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Bytes on disk that have been dealt with.
-    pub(super) fn bytes_read(&self) -> u64 {
+    pub fn bytes_read(&self) -> u64 {
         // Of a .parquet file some bytes are read twice.
         let of_open =
             self.open.as_ref().and(self.next_file.checked_sub(1)).map_or(0, |file| self.files[file].bytes);
@@ -159,11 +158,10 @@ impl<'a> Reader<'a> {
         let file = self.files.get(self.next_file)?;
         self.next_file += 1;
         let bytes = Arc::clone(&self.bytes_of_open);
-        let key = &self.sources[file.source].text_key;
         let page_bytes_max = (self.piece_bytes_max * PAGE_PIECES_MAX) as u64;
         let open = File::open(&file.path);
         let open = open.and_then(|open| match file.format {
-            Format::Parquet => OpenFile::rows(open, bytes, key, page_bytes_max),
+            Format::Parquet => OpenFile::rows(open, bytes, &file.text_key, page_bytes_max),
             Format::Text | Format::JsonLines => OpenFile::stream(file, open, bytes, self.cancelled),
         });
         Some(open.map(|open| self.open = Some(open)))
@@ -196,9 +194,7 @@ impl Iterator for Reader<'_> {
             match result {
                 Ok(Some(content)) => return Some(Ok(Piece { file, line, content })),
                 Ok(None) => self.close(),
-                Err(error) if error.get_ref().is_some_and(|error| error.is::<Cancelled>()) => {
-                    return Some(Err(Cancelled));
-                }
+                Err(error) if is_cancelled(&error) => return Some(Err(Cancelled)),
                 Err(error) => {
                     self.close();
                     let content = Content::Fault(format!("cannot be read on: {error}"));

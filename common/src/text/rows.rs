@@ -161,10 +161,13 @@ fn guarded<T>(read: impl FnOnce() -> Result<T, ParquetError>) -> io::Result<T> {
 
 /// Ours as they are, and the system's; the libraries' are about what they read.
 fn own_words(error: Box<dyn std::error::Error + Send + Sync>) -> RowsError {
-    match error.downcast::<RowsError>().map_err(|error| error.downcast::<io::Error>()) {
-        Ok(ours) => *ours,
-        Err(Ok(system)) if system.raw_os_error().is_some() => RowsError::System(*system),
-        Err(_) => RowsError::Damaged,
+    let error = match error.downcast::<RowsError>() {
+        Ok(ours) => return *ours,
+        Err(error) => error,
+    };
+    match error.downcast::<io::Error>() {
+        Ok(system) if system.raw_os_error().is_some() => RowsError::System(*system),
+        _ => RowsError::Damaged,
     }
 }
 

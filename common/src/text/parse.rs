@@ -14,24 +14,29 @@ const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 
 /// The text of a piece.
 #[derive(Debug)]
-pub(super) struct Parsed {
-    pub(super) text: String,
+pub struct Parsed {
+    /// The text.
+    pub text: String,
     /// Identifies the text: the first 64 bits of its BLAKE3.
-    pub(super) digest: u64,
+    pub digest: u64,
     /// All of the text, in its order; none if it is empty.
-    pub(super) stretches: Vec<Stretch>,
+    pub stretches: Vec<Stretch>,
 }
 
 /// A part of a text that is held out or trained on as one.
 #[derive(Debug)]
-pub(super) struct Stretch {
-    pub(super) range: Range<usize>,
+pub struct Stretch {
+    /// Where it lies in the text.
+    pub range: Range<usize>,
     /// The first 64 bits of its BLAKE3, uniform over stretches.
-    pub(super) digest: u64,
+    pub digest: u64,
 }
 
-/// The text of a piece, or why it has to be skipped. `text_key` names the field of a line that is the text.
-pub(super) fn parse(content: Content, text_key: &str) -> Result<Parsed, String> {
+/// The text of a piece. `text_key` names the field of a line that is the text.
+///
+/// # Errors
+/// Why it has to be skipped, in words.
+pub fn parse(content: Content, text_key: &str) -> Result<Parsed, String> {
     let (text, stretch_bytes_max) = match content {
         Content::Fault(reason) => return Err(reason),
         Content::Text(bytes) => (parse_text(bytes)?, STRETCH_BYTES_MAX),
@@ -155,7 +160,7 @@ pub(super) fn cut_point(bytes: &[u8], bytes_max: usize) -> usize {
 }
 
 /// Cuts a text into consecutive parts of at most `bytes_max` (at least 8).
-pub(super) fn parts(text: &str, bytes_max: usize) -> impl Iterator<Item = &str> {
+pub fn parts(text: &str, bytes_max: usize) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
         let end = if rest.len() > bytes_max { cut_point(rest.as_bytes(), bytes_max) } else { rest.len() };

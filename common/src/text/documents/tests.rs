@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use super::{
     super::{
         parse::{Parsed, STRETCH_BYTES_MAX, parse, parts},
-        source,
+        source::{TEXT_KEY, list},
     },
     *,
 };
@@ -25,9 +25,8 @@ pub(in super::super) struct Found {
 pub(in super::super) fn read_bounded(name: &str, bytes: &[u8], piece_bytes_max: usize) -> Found {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join(name), bytes).unwrap();
-    let listing = source::list(folder.path(), 0).unwrap();
-    let sources = [Source::new(folder.path())];
-    let mut reader = Reader::new(&sources, &listing.files, &|| false);
+    let listing = list(folder.path(), 0, TEXT_KEY).unwrap();
+    let mut reader = Reader::new(&listing.files, &|| false);
     reader.piece_bytes_max = piece_bytes_max;
     let mut found = Found { texts: Vec::new(), faults: Vec::new() };
     for piece in reader.by_ref() {
@@ -169,12 +168,11 @@ fn reading_is_cancelled_within_a_piece() {
     for (name, bytes) in files {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join(name), bytes).unwrap();
-        let listing = source::list(folder.path(), 0).unwrap();
-        let sources = [Source::new(folder.path())];
+        let listing = list(folder.path(), 0, TEXT_KEY).unwrap();
         let read = |stop: usize| {
             let asked = AtomicUsize::new(0);
             let cancelled = || asked.fetch_add(1, Ordering::Relaxed) == stop;
-            let mut reader = Reader::new(&sources, &listing.files, &cancelled);
+            let mut reader = Reader::new(&listing.files, &cancelled);
             if name.contains("jsonl") {
                 reader.piece_bytes_max = 64;
             }
