@@ -99,6 +99,7 @@ pub async fn round(driver: &Driver, run: &RunName, round: u32) -> Result<v1::Get
         spec_digest: material.spec_digest.to_vec(),
         manifest_digest: material.manifest_digest.to_vec(),
         seed: material.spec.seed,
+        aggregation: material.spec.outer.aggregation.name().to_owned(),
     })
 }
 
@@ -307,6 +308,9 @@ fn contribution(row: &ContributionRow) -> v1::Contribution {
         bytes: row.bytes,
         delta_digest: row.delta_digest.to_vec(),
         accepted_unix_ms: row.accepted_ms,
+        measured_norm: row.measured_norm,
+        clip: row.clip,
+        selected: row.selected,
     }
 }
 

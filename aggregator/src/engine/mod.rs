@@ -63,7 +63,7 @@ use consort_common::{ids::SiteName, units::UnixMs};
 
 pub use self::{
     effect::{Effect, RoundRecord, Weighted},
-    event::{ContributionFacts, Evaluation, Event, ReducedFacts, Rejection, RoundStatistics},
+    event::{ContributionFacts, Evaluation, Event, ReducedFacts, Rejection, RoundStatistics, Treatment},
     instruction::{Instruction, Participation},
     pace::Pace,
     plan::Plan,

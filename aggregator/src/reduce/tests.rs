@@ -12,6 +12,7 @@ use crate::{
 
 mod broadcast;
 mod fold;
+mod robust;
 
 const NESTEROV: OuterOptimizer = OuterOptimizer::Nesterov { learning_rate: 0.7, momentum: 0.9 };
 const SGD: OuterOptimizer = OuterOptimizer::Sgd { learning_rate: 0.7, momentum: 0.9 };
@@ -78,6 +79,7 @@ struct Fixture {
     layout: ModelLayout,
     encoding: Encoding,
     optimizer: OuterOptimizer,
+    aggregation: Aggregation,
 }
 
 fn run() -> RunName {
@@ -120,7 +122,8 @@ impl Fixture {
             Ok::<_, ModelError>(())
         };
         create_initial(&models, &run(), layout, fill).unwrap();
-        Self { folder, spool, models, layout, encoding, optimizer }
+        let aggregation = Aggregation::default();
+        Self { folder, spool, models, layout, encoding, optimizer, aggregation }
     }
 
     fn deliver(&self, round: u32, site: &str, weight: f64, delta: &[f32]) -> WeightedContribution {
@@ -161,6 +164,7 @@ impl Fixture {
             contributions: contributions.to_vec(),
             base: self.base(base),
             optimizer: self.optimizer.clone(),
+            aggregation: self.aggregation.clone(),
             spool: &self.spool,
             models: &self.models,
         })

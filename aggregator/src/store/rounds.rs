@@ -12,7 +12,7 @@ use super::{
     Store, StoreError, contributions,
     values::{Columns, count, finite},
 };
-use crate::engine::RoundStatistics;
+use crate::engine::{RoundStatistics, Treatment};
 
 /// A committed round.
 #[derive(Debug, Clone, PartialEq)]
@@ -43,7 +43,7 @@ pub struct RoundRow {
     pub bytes_up: u64,
     /// Digest of the model that it made.
     pub digest: Digest,
-    /// Deltas that were averaged. Not stored: counted.
+    /// Deltas that were reduced. Not stored: counted.
     pub contributors: u32,
 }
 
@@ -52,8 +52,8 @@ pub struct RoundRow {
 pub struct RoundCommit {
     /// Its row; `contributors` is ignored.
     pub row: RoundRow,
-    /// Share of the average of every delta that was averaged; each was recorded before.
-    pub weights: Vec<(SiteName, f64)>,
+    /// What became of every delta that was reduced; each was recorded before.
+    pub treatments: Vec<Treatment>,
 }
 
 /// Held-out loss of a version at a site.
@@ -154,7 +154,7 @@ impl Store {
     }
 }
 
-/// The round's commit point: its row, the weights, and the run's new version.
+/// The round's commit point: its row, what became of the deltas, and the run's new version.
 pub(super) async fn commit_round(
     connection: &mut SqliteConnection,
     run: &RunName,
@@ -173,8 +173,8 @@ pub(super) async fn commit_round(
         return Err(StoreError::NotNext { run: run.clone(), round: row.round });
     }
     insert_round(connection, run, row).await?;
-    for (site, weight) in &commit.weights {
-        contributions::set_weight(connection, run, row.round, site, *weight).await?;
+    for treatment in &commit.treatments {
+        contributions::set_treatment(connection, run, row.round, treatment).await?;
     }
     Ok(())
 }

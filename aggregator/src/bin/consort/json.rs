@@ -104,6 +104,7 @@ pub fn round(run: &str, round: &v1::GetRoundResponse) -> Value {
         json!({
             "run": run,
             "seed": round.seed,
+            "aggregation": round.aggregation,
             "spec_digest": digest(&round.spec_digest),
             "manifest_digest": digest(&round.manifest_digest),
             "contributions": round.contributions.iter().map(contribution).collect::<Vec<_>>(),
@@ -124,6 +125,9 @@ fn contribution(contribution: &v1::Contribution) -> Value {
         "bytes": contribution.bytes,
         "delta_digest": digest(&contribution.delta_digest),
         "accepted_unix_ms": moment(contribution.accepted_unix_ms),
+        "measured_norm": contribution.measured_norm,
+        "clip": contribution.clip,
+        "selected": contribution.selected,
     })
 }
 

@@ -114,6 +114,7 @@ fn record_lines(
             ),
             ("attempts", summary.attempts.to_string()),
             ("seed", response.seed.to_string()),
+            ("aggregation", response.aggregation.clone()),
             ("specification", words::digest(&response.spec_digest)),
             ("manifest", words::digest(&response.manifest_digest)),
             ("model", words::digest(&summary.digest)),
@@ -137,6 +138,10 @@ fn record_lines(
     );
     lines.push(String::new());
     lines.extend(contribution_lines(&response.contributions, output));
+    if response.contributions.iter().any(|one| one.measured_norm.is_some()) {
+        lines.push(String::new());
+        lines.extend(treatment_lines(&response.contributions, output));
+    }
     lines.push(String::new());
     lines.extend(digest_lines(&response.contributions, output));
     if !response.evaluations.is_empty() {
@@ -167,6 +172,28 @@ fn contribution_lines(contributions: &[v1::Contribution], output: &Output) -> Ve
             took_seconds(contribution.train_seconds),
             words::number(contribution.delta_norm),
             units::bytes(contribution.bytes),
+        ]);
+    }
+    table.render(output.columns, output.paint)
+}
+
+/// What a rule of aggregation other than the mean did with the deltas.
+fn treatment_lines(contributions: &[v1::Contribution], output: &Output) -> Vec<String> {
+    let mut table = Table::new([
+        Column::name("SITE"),
+        Column::number("MEASURED NORM"),
+        Column::number("SCALED BY"),
+        Column::words("SELECTED"),
+    ]);
+    let number = |value: Option<f64>| value.map_or_else(|| words::NONE.to_owned(), words::number);
+    for contribution in contributions {
+        let selected =
+            contribution.selected.map_or(words::NONE, |selected| if selected { "yes" } else { "no" });
+        table.row([
+            contribution.site.clone(),
+            number(contribution.measured_norm),
+            number(contribution.clip),
+            selected.to_owned(),
         ]);
     }
     table.render(output.columns, output.paint)
@@ -257,6 +284,7 @@ mod tests {
             bytes: 4_200_000,
             delta_digest: vec![0xCD; 32],
             accepted_unix_ms: 1_700_000_064_000,
+            ..v1::Contribution::default()
         }
     }
 
@@ -288,6 +316,7 @@ mod tests {
             spec_digest: vec![0x11; 32],
             manifest_digest: vec![0x22; 32],
             seed: u64::MAX,
+            aggregation: "mean".into(),
         };
         let lines = record_lines("demo", &summary(), &response, &OUTPUT, &TimeZone::UTC);
         let text = lines.join("\n");
@@ -306,6 +335,28 @@ mod tests {
             assert!(text.contains(part), "{part:?} is not in\n{text}");
         }
         assert!(lines.iter().all(|line| width(line) <= 80), "{text}");
+    }
+
+    #[test]
+    fn what_a_rule_did_with_each_delta_is_shown() {
+        let judged = |site: &str, norm, clip, selected| v1::Contribution {
+            measured_norm: Some(norm),
+            clip,
+            selected,
+            ..contribution(site)
+        };
+        let lines = treatment_lines(
+            &[judged("books", 1.25, Some(1.0), None), judged("mallory", 125.0, Some(0.01), Some(false))],
+            &OUTPUT,
+        );
+        assert_eq!(
+            lines,
+            [
+                "SITE     MEASURED NORM  SCALED BY  SELECTED",
+                "books           1.2500     1.0000  -",
+                "mallory       125.0000     0.0100  no",
+            ]
+        );
     }
 
     #[test]

@@ -37,6 +37,7 @@ fn expected(sites: &[&str]) -> Option<ExpectedRound> {
         weights: sites.iter().map(|site| (site.parse().unwrap(), weight)).collect(),
         layout: layout(),
         optimizer: OuterOptimizer::FedAvg {},
+        aggregation: Aggregation::default(),
     })
 }
 
@@ -102,6 +103,7 @@ impl World {
             contributions: contributions.to_vec(),
             base: self.models.open(&run(), 0, layout()).unwrap(),
             optimizer: OuterOptimizer::FedAvg {},
+            aggregation: Aggregation::default(),
             spool: &self.spool,
             models: &self.models,
         };
