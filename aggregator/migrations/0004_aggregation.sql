@@ -8,3 +8,13 @@ ALTER TABLE contributions ADD COLUMN measured_norm DOUBLE PRECISION;
 ALTER TABLE contributions ADD COLUMN clip DOUBLE PRECISION;
 -- Whether it was averaged: 0 or 1.
 ALTER TABLE contributions ADD COLUMN selected BIGINT;
+
+-- One row per committed round; immutable. None for rounds that an older version committed.
+CREATE TABLE round_tensors (
+    run   TEXT NOT NULL REFERENCES runs (name),
+    round BIGINT NOT NULL,
+    -- L2 norms of each tensor of the model, in the manifest's order, as JSON: a list of objects with "delta" (of the
+    -- averaged delta), "momentum" (after the round; null where the outer optimizer has none) and "parameters" (new).
+    norms TEXT NOT NULL,
+    PRIMARY KEY (run, round)
+);

@@ -23,7 +23,10 @@ use clap::Parser;
 use consort_aggregator::{
     aligned::AlignedVec,
     models::{ModelFiles, ModelLayout},
-    reduce::{RoundFold, Share, WeightedContribution, create_initial, has_momentum, initial_second_moment},
+    reduce::{
+        RoundFold, Share, TensorPlan, WeightedContribution, create_initial, has_momentum,
+        initial_second_moment,
+    },
     spool::{ContributionKey, DeltaLayout, Spool, SpoolLimits},
 };
 use consort_common::{
@@ -37,6 +40,8 @@ use rayon::prelude::*;
 
 /// Deltas of one model and encoding that lie on disk by themselves.
 const DELTAS_MAX: u32 = 8;
+/// Of the models' tensors, as far as there are so many.
+const TENSOR_PARAMETERS: u64 = 1_000_000;
 /// What stays free on the disk.
 const RESERVE_BYTES: u64 = 4 << 30;
 
@@ -247,6 +252,12 @@ impl Row {
         }
     }
 
+    /// Tensors of a million values.
+    fn tensors(&self) -> TensorPlan {
+        let ends = (1..).map(|tensor| tensor * TENSOR_PARAMETERS).take_while(|end| *end < self.parameters);
+        TensorPlan::with_ends(ends.chain([self.parameters]))
+    }
+
     fn delta_layout(&self) -> DeltaLayout {
         DeltaLayout::new(self.layout().plan, self.encoding)
     }
@@ -378,7 +389,14 @@ impl Row {
         for time in 1..=self.repeat {
             let base = models.open(&Self::run_name(), 0, self.layout())?;
             let begun = Instant::now();
-            let fold = RoundFold::begin(shares.clone(), base, self.optimizer(), &self.rule, &models)?;
+            let fold = RoundFold::begin(
+                shares.clone(),
+                base,
+                self.optimizer(),
+                &self.rule,
+                self.tensors(),
+                &models,
+            )?;
             let begun = if self.rule.compares_deltas() { begun } else { Instant::now() };
             fold.fold_rest()?;
             fold_seconds = fold_seconds.min(begun.elapsed().as_secs_f64());

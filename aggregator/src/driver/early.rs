@@ -26,7 +26,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     models::{ModelFiles, ModelLayout},
-    reduce::{ReduceError, RoundFold, Share, WeightedContribution},
+    reduce::{ReduceError, RoundFold, Share, TensorPlan, WeightedContribution},
     spool::SpooledDelta,
 };
 
@@ -40,6 +40,7 @@ pub(super) struct ExpectedRound {
     pub(super) optimizer: OuterOptimizer,
     /// One that averages value by value.
     pub(super) aggregation: Aggregation,
+    pub(super) tensors: TensorPlan,
 }
 
 /// The rounds of all runs.
@@ -341,12 +342,12 @@ fn begin(
     shares: Vec<Share>,
     reserve_bytes: u64,
 ) -> Result<Option<RoundFold>, ReduceError> {
-    let ExpectedRound { round, layout, optimizer, aggregation, .. } = expected;
+    let ExpectedRound { round, layout, optimizer, aggregation, tensors, .. } = expected;
     if !models.has_room(layout.version_bytes(round).saturating_add(reserve_bytes))? {
         return Ok(None);
     }
     let base = models.open(run, round.saturating_sub(1), layout)?;
-    RoundFold::begin(shares, base, optimizer, &aggregation, models).map(Some)
+    RoundFold::begin(shares, base, optimizer, &aggregation, tensors, models).map(Some)
 }
 
 /// Folds one chunk; what cannot be folded is thrown away, and with it all that was.

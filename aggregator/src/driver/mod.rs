@@ -84,6 +84,7 @@ impl LiveRun {
             layout: self.material.layout(),
             optimizer: outer.optimizer.clone(),
             aggregation: outer.aggregation.clone(),
+            tensors: self.material.tensors.clone(),
         };
         let whole = outer.aggregation.compares_deltas();
         Some(expected).filter(|expected| !expected.weights.is_empty() && !whole)
@@ -354,7 +355,8 @@ impl Driver {
             digest: round.reduced.digest,
             contributors: 0,
         };
-        Ok(RoundCommit { row, treatments: round.reduced.treatments.clone() })
+        let (treatments, tensors) = (round.reduced.treatments.clone(), round.reduced.tensors.clone());
+        Ok(RoundCommit { row, treatments, tensors })
     }
 
     /// Performs what is not a record.

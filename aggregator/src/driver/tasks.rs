@@ -122,6 +122,7 @@ impl Driver {
                 base: driver.models.open(&material.name, round - 1, material.layout())?,
                 optimizer: material.spec.outer.optimizer.clone(),
                 aggregation: material.spec.outer.aggregation.clone(),
+                tensors: material.tensors.clone(),
                 spool: &driver.spool,
                 models: &driver.models,
             })?)
@@ -142,6 +143,7 @@ impl Driver {
                 spread: mean_square.and_then(|mean_square| spread(mean_square, outcome.delta_norm)),
             },
             treatments: outcome.treatments,
+            tensors: outcome.tensors,
         })
     }
 

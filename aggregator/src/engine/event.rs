@@ -111,6 +111,19 @@ pub struct ReducedFacts {
     pub statistics: RoundStatistics,
     /// What became of each delta, in canonical order.
     pub treatments: Vec<Treatment>,
+    /// Norms of the model's tensors, in the manifest's order.
+    pub tensors: Vec<TensorNorms>,
+}
+
+/// L2 norms of one tensor of a round. For people and charts: nothing is decided by them.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct TensorNorms {
+    /// Of the averaged delta.
+    pub delta: f64,
+    /// Of the outer optimizer's momentum after the round, where it has one.
+    pub momentum: Option<f64>,
+    /// Of the new parameters.
+    pub parameters: f64,
 }
 
 /// What the rule of aggregation did with a site's delta.

@@ -54,6 +54,7 @@ pub(super) fn reduced(round: u32) -> ReducedFacts {
         update_norm: 0.1,
         statistics: RoundStatistics::default(),
         treatments: Vec::new(),
+        tensors: Vec::new(),
     }
 }
 

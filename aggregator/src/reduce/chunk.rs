@@ -12,6 +12,8 @@
 //! come reading the base and copying the new version into the page cache, at 18 GB/s. Digests of the new
 //! version are left to `models`, which takes them while the disk is busy.
 
+use std::ops::Range;
+
 use consort_common::{codec::Encoding, ids::Digest, spec::OuterOptimizer};
 
 use super::{
@@ -24,6 +26,7 @@ use super::{
     robust::Combination,
     statistics::{Lanes, Sums},
     survey,
+    tensors::{Piece, TensorPlan, within},
 };
 use crate::{
     aligned::AlignedVec,
@@ -48,6 +51,7 @@ pub(super) struct Inputs {
     rounding: Rounding,
     residual_decay: f32,
     combination: Combination,
+    pub(super) tensors: TensorPlan,
     /// Values that are worked on at a time: a multiple of every encoding's block.
     tile_parameters: usize,
 }
@@ -84,7 +88,8 @@ pub(super) struct FoldedChunk {
     pub(super) digests: Box<[Digest]>,
     /// Sums of the squares of each delta's values, in canonical order; empty for a weighted mean.
     pub(super) squares: Box<[f64]>,
-    pub(super) sums: Sums,
+    /// Of each tensor that has values in the chunk, with its place in the manifest.
+    pub(super) sums: Box<[(usize, Sums)]>,
 }
 
 /// Values of a tile for these encodings: a multiple of every block, all of which are powers of two.
@@ -99,12 +104,14 @@ impl Inputs {
         previous: Option<ModelVersion>,
         optimizer: OuterOptimizer,
         combination: Combination,
+        tensors: TensorPlan,
     ) -> Self {
         let form = base.layout().encoding;
         let encodings = shares.iter().map(Share::encoding).chain(Rounding::new(form).encoding());
         Self {
             tile_parameters: tile_parameters(encodings),
             combination,
+            tensors,
             rounding: Rounding::new(form),
             residual_decay: form.residual_decay().unwrap_or_default(),
             shares,
@@ -158,21 +165,23 @@ impl Inputs {
         }
 
         let (digests, delta_squares) = self.combine(index, scratch)?;
-        let mut lanes = Lanes::default();
+        let pieces = self.tensors.pieces(self.base.plan().range(index).map_err(ModelError::from)?);
+        let mut lanes: Vec<Lanes> = pieces.iter().map(|_| Lanes::default()).collect();
         let mut tiles = (0..length).step_by(self.tile_parameters);
         let stepped = tiles.try_for_each(|begin| {
             let end = (begin + self.tile_parameters).min(length);
-            self.step(scratch, begin, end, &mut lanes)
+            self.step(scratch, begin..end, &pieces, &mut lanes)
         });
 
         // One value that is not finite makes a sum of squares so.
-        let sums = lanes.sums();
-        if !sums.delta_squares.is_finite() {
+        let of_piece = |(piece, lanes): (&Piece, &Lanes)| (piece.tensor, lanes.sums());
+        let sums: Box<[_]> = pieces.iter().zip(&lanes).map(of_piece).collect();
+        if !sums.iter().all(|(_, sums)| sums.delta_squares.is_finite()) {
             self.find_not_finite(index, scratch)?;
         }
         stepped.map_err(|at| self.not_finite(index, at))?;
         // Momentum takes the parameters with it.
-        if !sums.update_squares.is_finite() {
+        if !sums.iter().all(|(_, sums)| sums.update_squares.is_finite()) {
             let at = scratch.parameters.iter().position(|value| !value.is_finite());
             return Err(self.not_finite(index, at.unwrap_or_default()));
         }
@@ -273,7 +282,14 @@ impl Inputs {
 
     /// Takes a tile from its sums to what the sites will hold; the error is the position of a value in the
     /// chunk that is not finite.
-    fn step(&self, scratch: &mut Scratch, begin: usize, end: usize, lanes: &mut Lanes) -> Result<(), usize> {
+    fn step(
+        &self,
+        scratch: &mut Scratch,
+        tile: Range<usize>,
+        pieces: &[Piece],
+        lanes: &mut [Lanes],
+    ) -> Result<(), usize> {
+        let (begin, end) = (tile.start, tile.end);
         let Scratch {
             sums, base, momentum, second_moment, residual, parameters, previous, sent, delta, ..
         } = scratch;
@@ -288,7 +304,9 @@ impl Inputs {
             second: second_moment.get_mut(begin..end).unwrap_or_default(),
         };
         let residual = residual.get_mut(begin..end).unwrap_or_default();
-        kernel::round(sums, delta, &mut lanes.delta);
+        for (at, lanes) in within(pieces, lanes, tile.clone()) {
+            kernel::round(&sums[at.clone()], &mut delta[at], &mut lanes.delta);
+        }
         if residual.is_empty() {
             outer::step(&self.optimizer, delta, base, parameters, moments);
         } else {
@@ -307,7 +325,11 @@ impl Inputs {
             let at = parameters.iter().position(|value| !value.is_finite());
             return Err(begin + at.unwrap_or_default());
         }
-        lanes.add(parameters, base, momentum, previous);
+        for (at, lanes) in within(pieces, lanes, tile) {
+            let momentum = momentum.get(at.clone()).unwrap_or_default();
+            let previous = previous.get(at.clone()).unwrap_or_default();
+            lanes.add(&parameters[at.clone()], &base[at], momentum, previous);
+        }
         Ok(())
     }
 

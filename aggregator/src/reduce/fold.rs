@@ -25,6 +25,7 @@ use super::{
     robust::Judgement,
     statistics::Sums,
     survey::Survey,
+    tensors::TensorPlan,
 };
 use crate::{
     engine::Treatment,
@@ -91,6 +92,7 @@ impl RoundFold {
         base: ModelVersion,
         optimizer: OuterOptimizer,
         aggregation: &Aggregation,
+        tensors: TensorPlan,
         models: &ModelFiles,
     ) -> Result<Self, ReduceError> {
         shares.sort_by(|a, b| a.delta.key().cmp(b.delta.key()));
@@ -107,7 +109,7 @@ impl RoundFold {
         let chunks = (0..layout.plan.chunks()).map(|_| Progress::Open).collect();
         Ok(Self {
             shares,
-            inputs: Inputs::new(folded, base, previous, optimizer, combination),
+            inputs: Inputs::new(folded, base, previous, optimizer, combination, tensors),
             treatments,
             left_out,
             new,
@@ -219,14 +221,18 @@ impl RoundFold {
             treatment.norm = norm.or(treatment.norm);
         }
         let mut sums = Sums::default();
-        folded.iter().for_each(|chunk| sums.add(chunk.sums));
+        let pieces = || folded.iter().flat_map(|chunk| chunk.sums.iter().copied());
+        pieces().for_each(|(_, piece)| sums.add(piece));
+        let has_momentum = inputs.base.layout().momentum;
+        let tensors = inputs.tensors.norms(pieces(), has_momentum);
         let records: Vec<_> = folded.iter().map(|chunk| chunk.record).collect();
         Ok(Reduction {
             version: new.finish(&records)?,
             delta_norm: sums.delta_squares.sqrt(),
             update_norm: sums.update_squares.sqrt(),
-            statistics: sums.statistics(inputs.base.layout().momentum),
+            statistics: sums.statistics(has_momentum),
             treatments,
+            tensors,
         })
     }
 }

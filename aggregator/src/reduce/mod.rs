@@ -7,7 +7,7 @@
 //! | `chunk` | one chunk: read, decode, mean, outer step, rounding, in tiles |
 //! | `gather` | the same piece of all deltas, for rules that compare them |
 //! | `kernel`, `coordinates`, `outer`, `broadcast` | the formulas |
-//! | `statistics` | what is recorded of a round beside its model |
+//! | `statistics`, `tensors` | what is recorded of a round beside its model |
 //! | `initial` | version 0 |
 //!
 //! Memory is O(cores x chunk): see `fold`, and `gather` for rules that compare deltas. The result is a function of
@@ -30,6 +30,7 @@ mod outer;
 mod robust;
 mod statistics;
 mod survey;
+mod tensors;
 
 use consort_common::{
     codec::{DecodeError, Encoding},
@@ -43,9 +44,10 @@ pub use self::{
     initial::create_initial,
     outer::{has_momentum, initial_second_moment},
     statistics::ModelStatistics,
+    tensors::TensorPlan,
 };
 use crate::{
-    engine::Treatment,
+    engine::{TensorNorms, Treatment},
     models::{ModelError, ModelFiles, ModelVersion},
     spool::{ContributionKey, DeltaLayout, Spool, SpoolError},
 };
@@ -191,6 +193,8 @@ pub struct ReduceInputs<'a> {
     pub optimizer: OuterOptimizer,
     /// How the deltas become one.
     pub aggregation: Aggregation,
+    /// Where the model's tensors lie.
+    pub tensors: TensorPlan,
     /// Where the deltas are.
     pub spool: &'a Spool,
     /// Where the new version goes.
@@ -210,6 +214,8 @@ pub struct Reduction {
     pub statistics: ModelStatistics,
     /// What became of each delta, in canonical order.
     pub treatments: Vec<Treatment>,
+    /// Norms of the model's tensors, in the plan's order.
+    pub tensors: Vec<TensorNorms>,
 }
 
 /// Averages the contributions, moves the base version by the outer optimizer's step and writes the next.
@@ -218,7 +224,7 @@ pub struct Reduction {
 /// # Errors
 /// See [`ReduceError`]; nothing is left on disk then.
 pub fn reduce(inputs: ReduceInputs<'_>) -> Result<Reduction, ReduceError> {
-    let ReduceInputs { contributions, base, optimizer, aggregation, spool, models } = inputs;
+    let ReduceInputs { contributions, base, optimizer, aggregation, tensors, spool, models } = inputs;
     let plan = base.plan();
     // One that this process did not receive is verified whole when it is opened, hence in parallel.
     let shares = contributions.par_iter().map(|contribution| {
@@ -227,8 +233,8 @@ pub fn reduce(inputs: ReduceInputs<'_>) -> Result<Reduction, ReduceError> {
         let delta = delta.map_err(|error| damaged(key, error.chunk(), error))?;
         Ok::<_, ReduceError>(Share { delta, weight: *weight })
     });
-    let fold = RoundFold::begin(shares.collect::<Result<_, _>>()?, base, optimizer, &aggregation, models)?;
-    fold.finish(&contributions)
+    let shares = shares.collect::<Result<_, _>>()?;
+    RoundFold::begin(shares, base, optimizer, &aggregation, tensors, models)?.finish(&contributions)
 }
 
 fn damaged(key: &ContributionKey, chunk: u32, fault: impl Into<ChunkFault>) -> ReduceError {

@@ -4,7 +4,7 @@ use consort_common::ids::{Digest, RunName, SiteName};
 use tempfile::TempDir;
 
 use super::*;
-use crate::engine::{RoundStatistics, Treatment};
+use crate::engine::{RoundStatistics, TensorNorms, Treatment};
 
 /// A database with the run "pilot".
 struct Fixture {
@@ -94,6 +94,13 @@ fn round_row(round: u32) -> RoundRow {
     }
 }
 
+fn tensors() -> Vec<TensorNorms> {
+    vec![
+        TensorNorms { delta: 0.25, momentum: Some(1e-12), parameters: 3.5 },
+        TensorNorms { delta: 0.0, momentum: None, parameters: 0.125 },
+    ]
+}
+
 fn commit_of(round: u32, weights: &[(&str, f64)]) -> Record {
     let treatment = |(from, weight): &(&str, f64)| Treatment {
         site: site(from),
@@ -103,7 +110,7 @@ fn commit_of(round: u32, weights: &[(&str, f64)]) -> Record {
         selected: Some(*weight > 0.25),
     };
     let treatments = weights.iter().map(treatment).collect();
-    Record::Round(RoundCommit { row: round_row(round), treatments })
+    Record::Round(RoundCommit { row: round_row(round), treatments, tensors: tensors() })
 }
 
 fn event(text: &str) -> Record {
@@ -200,6 +207,8 @@ async fn a_step_is_stored_with_all_its_records() {
     assert_eq!(fixture.store.round(&pilot(), 1).await.unwrap().as_ref(), Some(&round));
     assert_eq!(fixture.store.rounds(&pilot()).await.unwrap(), [round]);
     assert_eq!(fixture.store.round(&pilot(), 2).await.unwrap(), None);
+    assert_eq!(fixture.store.tensor_norms(&pilot(), 1).await.unwrap(), tensors());
+    assert_eq!(fixture.store.tensor_norms(&pilot(), 2).await.unwrap(), []);
     let treated = |from, weight, selected| ContributionRow {
         weight: Some(weight),
         measured_norm: Some(2.0 * weight),

@@ -109,6 +109,7 @@ pub fn round(run: &str, round: &v1::GetRoundResponse) -> Value {
             "manifest_digest": digest(&round.manifest_digest),
             "contributions": round.contributions.iter().map(contribution).collect::<Vec<_>>(),
             "evaluations": round.evaluations.iter().map(site_evaluation).collect::<Vec<_>>(),
+            "tensors": round.tensors.iter().map(tensor_norms).collect::<Vec<_>>(),
         }),
     )
 }
@@ -128,6 +129,16 @@ fn contribution(contribution: &v1::Contribution) -> Value {
         "measured_norm": contribution.measured_norm,
         "clip": contribution.clip,
         "selected": contribution.selected,
+    })
+}
+
+fn tensor_norms(tensor: &v1::TensorNorms) -> Value {
+    json!({
+        "name": tensor.name,
+        "parameters": tensor.parameters,
+        "delta_norm": tensor.delta_norm,
+        "momentum_norm": tensor.momentum_norm,
+        "parameter_norm": tensor.parameter_norm,
     })
 }
 

@@ -32,6 +32,9 @@ pub enum RoundsCommand {
         run: RunName,
         /// The round, from 1
         round: u32,
+        /// Norms of every tensor of the model too; with --json they are always there
+        #[arg(long)]
+        tensors: bool,
     },
 }
 
@@ -46,12 +49,17 @@ pub async fn run(context: &Context, command: RoundsCommand) -> Result<(), Failur
             let document = json::list("rounds", &rounds, json::round_summary);
             context.output.show(&document, &list_lines(&rounds, &context.output))
         }
-        RoundsCommand::Show { run, round } => {
+        RoundsCommand::Show { run, round, tensors } => {
             let request = v1::GetRoundRequest { run: run.to_string(), round };
             let attempt = format!("show round {round} of the run {run}");
             let response = reply(&attempt, operator.get_round(request)).await?;
             let summary = response.round.as_ref().ok_or_else(|| missing(&attempt, "round"))?;
-            let lines = record_lines(run.as_str(), summary, &response, &context.output, &TimeZone::system());
+            let output = &context.output;
+            let mut lines = record_lines(run.as_str(), summary, &response, output, &TimeZone::system());
+            if tensors {
+                lines.push(String::new());
+                lines.extend(tensor_lines(&response.tensors, output));
+            }
             context.output.show(&json::round(run.as_str(), &response), &lines)
         }
     }
@@ -241,6 +249,26 @@ fn evaluation_lines(evaluations: &[v1::SiteEvaluation], output: &Output) -> Vec<
     table.render(output.columns, output.paint)
 }
 
+fn tensor_lines(tensors: &[v1::TensorNorms], output: &Output) -> Vec<String> {
+    let mut table = Table::new([
+        Column::name("TENSOR"),
+        Column::number("PARAMETERS").optional(1),
+        Column::number("DELTA"),
+        Column::number("MOMENTUM"),
+        Column::number("MODEL"),
+    ]);
+    for tensor in tensors {
+        table.row([
+            tensor.name.clone(),
+            tensor.parameters.to_string(),
+            words::number(tensor.delta_norm),
+            tensor.momentum_norm.map_or_else(|| words::NONE.to_owned(), words::number),
+            words::number(tensor.parameter_norm),
+        ]);
+    }
+    table.render(output.columns, output.paint)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -317,6 +345,7 @@ mod tests {
             manifest_digest: vec![0x22; 32],
             seed: u64::MAX,
             aggregation: "mean".into(),
+            tensors: Vec::new(),
         };
         let lines = record_lines("demo", &summary(), &response, &OUTPUT, &TimeZone::UTC);
         let text = lines.join("\n");
@@ -355,6 +384,29 @@ mod tests {
                 "SITE     MEASURED NORM  SCALED BY  SELECTED",
                 "books           1.2500     1.0000  -",
                 "mallory       125.0000     0.0100  no",
+            ]
+        );
+    }
+
+    #[test]
+    fn tensors_are_shown_with_their_norms() {
+        let tensor = |name: &str, momentum_norm| v1::TensorNorms {
+            name: name.into(),
+            parameters: 4096,
+            delta_norm: 0.5,
+            momentum_norm,
+            parameter_norm: 12.0,
+        };
+        let lines = tensor_lines(
+            &[tensor("model.embed_tokens.weight", Some(1.25)), tensor("model.norm.weight", None)],
+            &OUTPUT,
+        );
+        assert_eq!(
+            lines,
+            [
+                "TENSOR                     PARAMETERS   DELTA  MOMENTUM    MODEL",
+                "model.embed_tokens.weight        4096  0.5000    1.2500  12.0000",
+                "model.norm.weight                4096  0.5000         -  12.0000",
             ]
         );
     }

@@ -38,6 +38,7 @@ fn expected(sites: &[&str]) -> Option<ExpectedRound> {
         layout: layout(),
         optimizer: OuterOptimizer::FedAvg {},
         aggregation: Aggregation::default(),
+        tensors: TensorPlan::with_ends([12]),
     })
 }
 
@@ -104,6 +105,7 @@ impl World {
             base: self.models.open(&run(), 0, layout()).unwrap(),
             optimizer: OuterOptimizer::FedAvg {},
             aggregation: Aggregation::default(),
+            tensors: TensorPlan::with_ends([12]),
             spool: &self.spool,
             models: &self.models,
         };
