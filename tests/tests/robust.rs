@@ -60,6 +60,10 @@ async fn error_under(
 
     let record = federation.json(&["rounds", "show", &run, "1"]);
     assert_eq!(rule.lines().next(), Some(format!("kind = {}", record["aggregation"]).as_str()));
+    let tensors = record["tensors"].as_array().expect("a record has tensors");
+    assert_eq!(tensors[0]["name"], "model.embed_tokens.weight");
+    let whole = norm(tensors.iter().map(|tensor| tensor["delta_norm"].as_f64().expect("a norm")));
+    assert!((whole / record["delta_norm"].as_f64().expect("a norm") - 1.0).abs() < 1e-9, "{whole}");
     let contributions = record["contributions"].as_array().expect("a record has contributions").clone();
     assert_eq!(contributions.len(), sites.len());
     let output = federation.consort(&["runs", "abort", &run, "--reason", "seen enough", "--yes"]);

@@ -172,9 +172,10 @@ mod tests {
         let (previous, base, parameters, momentum) = (vector(1.0), vector(3.0), vector(2.0), vector(0.5));
         // 0 + 1 + 4 + ... + 400 = 2870; the first chunk is two tiles.
         let mut sums = Sums::default();
-        for tiles in [vec![0..8, 8..13], vec![13..21]] {
+        for tiles in [&[(0, 8), (8, 13)][..], &[(13, 21)]] {
             let mut lanes = Lanes::default();
-            for at in tiles {
+            for (begin, end) in tiles {
+                let at = *begin..*end;
                 let [p, b, m, q] =
                     [&parameters, &base, &momentum, &previous].map(|vector| &vector[at.clone()]);
                 lanes.add(p, b, m, q);
