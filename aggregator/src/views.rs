@@ -9,13 +9,14 @@ use std::{
 
 use consort_common::{
     ids::{RunName, SiteName},
+    model::TensorSpec,
     units::unix_ms_now,
 };
 use consort_proto::v1;
 
 use crate::{
     driver::{Core, Driver, DriverError, LiveRun},
-    engine::{Participation, Phase, RunStatus},
+    engine::{Participation, Phase, RunStatus, TensorNorms},
     store::{ClientRow, ContributionRow, EvaluationRow, RoundRow, RunRow, RunSiteRow, mean_loss},
 };
 
@@ -84,6 +85,7 @@ pub async fn round(driver: &Driver, run: &RunName, round: u32) -> Result<v1::Get
     let rows = driver.store().rounds(run).await?;
     let evaluations = by_version(&driver.store().evaluations(run).await?);
     let contributions = driver.store().contributions(run, round).await?;
+    let norms = driver.store().tensor_norms(run, round).await?;
     let core = driver.core().await;
     let material = &core.run(run)?.material;
     let newest = rows.last().map_or(0, |row| row.round);
@@ -99,6 +101,8 @@ pub async fn round(driver: &Driver, run: &RunName, round: u32) -> Result<v1::Get
         spec_digest: material.spec_digest.to_vec(),
         manifest_digest: material.manifest_digest.to_vec(),
         seed: material.spec.seed,
+        aggregation: material.spec.outer.aggregation.name().to_owned(),
+        tensors: material.spec.model.manifest().tensors().iter().zip(norms).map(tensor_norms).collect(),
     })
 }
 
@@ -307,6 +311,19 @@ fn contribution(row: &ContributionRow) -> v1::Contribution {
         bytes: row.bytes,
         delta_digest: row.delta_digest.to_vec(),
         accepted_unix_ms: row.accepted_ms,
+        measured_norm: row.measured_norm,
+        clip: row.clip,
+        selected: row.selected,
+    }
+}
+
+fn tensor_norms((tensor, norms): (&TensorSpec, TensorNorms)) -> v1::TensorNorms {
+    v1::TensorNorms {
+        name: tensor.name.clone(),
+        parameters: tensor.parameters() as u64,
+        delta_norm: norms.delta,
+        momentum_norm: norms.momentum,
+        parameter_norm: norms.parameters,
     }
 }
 

@@ -23,20 +23,25 @@ use clap::Parser;
 use consort_aggregator::{
     aligned::AlignedVec,
     models::{ModelFiles, ModelLayout},
-    reduce::{RoundFold, Share, WeightedContribution, create_initial, has_momentum, initial_second_moment},
+    reduce::{
+        RoundFold, Share, TensorPlan, WeightedContribution, create_initial, has_momentum,
+        initial_second_moment,
+    },
     spool::{ContributionKey, DeltaLayout, Spool, SpoolLimits},
 };
 use consort_common::{
     chunk::ChunkPlan,
     codec::{Encoding, ModelEncoding},
     ids::{Digest, RunName},
-    spec::{OuterOptimizer, WireSpec},
+    spec::{Aggregation, OuterOptimizer, WireSpec},
 };
 use consort_tests::machine;
 use rayon::prelude::*;
 
 /// Deltas of one model and encoding that lie on disk by themselves.
 const DELTAS_MAX: u32 = 8;
+/// Of the models' tensors, as far as there are so many.
+const TENSOR_PARAMETERS: u64 = 1_000_000;
 /// What stays free on the disk.
 const RESERVE_BYTES: u64 = 4 << 30;
 
@@ -58,6 +63,10 @@ struct Arguments {
     /// Step with Nesterov momentum instead of plain averaging.
     #[arg(long)]
     momentum: bool,
+    /// Rule of aggregation. A rule that compares whole deltas reads them before it folds; fold s includes that,
+    /// and bytes count once all the same.
+    #[arg(long, default_value = "mean", value_parser = rule)]
+    rule: Aggregation,
     /// Times that each round is folded; the fastest counts.
     #[arg(long, default_value_t = 5)]
     repeat: u32,
@@ -77,6 +86,21 @@ fn main() -> anyhow::Result<()> {
     if arguments.row { arguments.row().run() } else { table(&arguments) }
 }
 
+/// A rule by its name, with numbers that three deltas allow.
+fn rule(name: &str) -> Result<Aggregation, String> {
+    let rules = [
+        Aggregation::Mean {},
+        Aggregation::ClippedMean { factor: 1.0 },
+        Aggregation::TrimmedMean { fraction: 0.25 },
+        Aggregation::Median {},
+        Aggregation::Krum { hostile: 0 },
+        Aggregation::MultiKrum { hostile: 0, selected: 0 },
+    ];
+    let names = rules.iter().map(Aggregation::name).collect::<Vec<_>>().join(", ");
+    let rule = rules.into_iter().find(|rule| rule.name() == name);
+    rule.ok_or_else(|| format!("there is no rule {name}; allowed: {names}"))
+}
+
 /// One line of the table.
 #[derive(Debug, Clone)]
 struct Row {
@@ -86,6 +110,7 @@ struct Row {
     encoding: Encoding,
     model: ModelEncoding,
     momentum: bool,
+    rule: Aggregation,
     repeat: u32,
 }
 
@@ -104,6 +129,7 @@ impl Arguments {
             encoding: Encoding::parse(&self.encodings[0]).unwrap_or_default(),
             model: self.model,
             momentum: self.momentum,
+            rule: self.rule.clone(),
             repeat: self.repeat,
         }
     }
@@ -122,7 +148,8 @@ fn table(arguments: &Arguments) -> anyhow::Result<()> {
         sum / 1e9
     );
     let optimizer = if arguments.momentum { "Nesterov" } else { "FedAvg" };
-    println!("{optimizer}, model sent as {}, best of {}\n", arguments.model, arguments.repeat);
+    let rule = arguments.rule.name();
+    println!("{rule}, {optimizer}, model sent as {}, best of {}\n", arguments.model, arguments.repeat);
     println!(
         "{:>12} {:>8} {:>5} {:>8} {:>8} {:>8} {:>8} {:>7} {:>7} {:>7} {:>9}",
         "parameters",
@@ -147,6 +174,14 @@ fn table(arguments: &Arguments) -> anyhow::Result<()> {
                 continue;
             }
             for sites in &arguments.sites {
+                let needed = row.rule.deltas_min();
+                if u64::from(*sites) < needed {
+                    println!(
+                        "{parameters:>12} {:>8} {sites:>5} skipped: {rule} takes {needed} deltas",
+                        encoding.name()
+                    );
+                    continue;
+                }
                 let row = Row { sites: *sites, ..row.clone() };
                 let Figures { read_seconds, fold_seconds, finish_seconds, peak_bytes } = row.spawn()?;
                 let rate = row.bytes() as f64 / fold_seconds;
@@ -215,6 +250,12 @@ impl Row {
             momentum: has_momentum(&self.optimizer()),
             second_moment: initial_second_moment(&self.optimizer()).is_some(),
         }
+    }
+
+    /// Tensors of a million values.
+    fn tensors(&self) -> TensorPlan {
+        let ends = (1..).map(|tensor| tensor * TENSOR_PARAMETERS).take_while(|end| *end < self.parameters);
+        TensorPlan::with_ends(ends.chain([self.parameters]))
     }
 
     fn delta_layout(&self) -> DeltaLayout {
@@ -294,7 +335,7 @@ impl Row {
         command.arg("--row").arg("--directory").arg(&self.directory);
         command.args(["--parameters", &self.parameters.to_string(), "--sites", &self.sites.to_string()]);
         command.args(["--encodings", self.encoding.name(), "--model", &self.model.to_string()]);
-        command.args(["--repeat", &self.repeat.to_string()]);
+        command.args(["--repeat", &self.repeat.to_string(), "--rule", self.rule.name()]);
         if self.momentum {
             command.arg("--momentum");
         }
@@ -347,8 +388,16 @@ impl Row {
         let mut finish_seconds = 0.0;
         for time in 1..=self.repeat {
             let base = models.open(&Self::run_name(), 0, self.layout())?;
-            let fold = RoundFold::begin(shares.clone(), base, self.optimizer(), &models)?;
             let begun = Instant::now();
+            let fold = RoundFold::begin(
+                shares.clone(),
+                base,
+                self.optimizer(),
+                &self.rule,
+                self.tensors(),
+                &models,
+            )?;
+            let begun = if self.rule.compares_deltas() { begun } else { Instant::now() };
             fold.fold_rest()?;
             fold_seconds = fold_seconds.min(begun.elapsed().as_secs_f64());
             if time == self.repeat {

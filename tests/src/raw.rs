@@ -209,11 +209,14 @@ impl RawSite {
         soon(what, wait).await
     }
 
-    /// Waits until the site is told to train for `round`.
+    /// Waits until the site is told to train for `round`, of the run that it has said to be ready for, if any.
     pub async fn assignment(&mut self, round: u32) -> Assignment {
+        let run = self.run.clone();
         let train = self
             .instruction(&format!("round {round}"), |task| match task {
-                Task::Train(train) if train.round == round => Some(train.clone()),
+                Task::Train(train) if train.round == round && (run.is_empty() || train.run == run) => {
+                    Some(train.clone())
+                }
                 _ => None,
             })
             .await;

@@ -3,7 +3,8 @@
 //! What this makes is a head start and nothing else: it is in memory and in a version that is not in its
 //! place yet, a restart forgets it, and the reduction takes it only if it was begun with exactly the
 //! contributions that the engine reduces, as they were accepted. In every other case it is thrown away and the
-//! round is reduced from the beginning, with the same result bit by bit.
+//! round is reduced from the beginning, with the same result bit by bit. Under a rule of aggregation that compares
+//! whole deltas nothing is folded early.
 //!
 //! One task per run folds one chunk at a time, on one thread; uploads never wait for it. Memory: one core's
 //! share of `reduce::fold`, and a byte per chunk and delta.
@@ -15,7 +16,7 @@ use std::{
 
 use consort_common::{
     ids::{RunName, SiteName},
-    spec::OuterOptimizer,
+    spec::{Aggregation, OuterOptimizer},
 };
 use tokio::{
     sync::{Mutex as AsyncMutex, Notify, OwnedMutexGuard},
@@ -25,7 +26,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     models::{ModelFiles, ModelLayout},
-    reduce::{ReduceError, RoundFold, Share, WeightedContribution},
+    reduce::{ReduceError, RoundFold, Share, TensorPlan, WeightedContribution},
     spool::SpooledDelta,
 };
 
@@ -37,6 +38,9 @@ pub(super) struct ExpectedRound {
     pub(super) weights: Vec<(SiteName, f64)>,
     pub(super) layout: ModelLayout,
     pub(super) optimizer: OuterOptimizer,
+    /// One that averages value by value.
+    pub(super) aggregation: Aggregation,
+    pub(super) tensors: TensorPlan,
 }
 
 /// The rounds of all runs.
@@ -338,12 +342,12 @@ fn begin(
     shares: Vec<Share>,
     reserve_bytes: u64,
 ) -> Result<Option<RoundFold>, ReduceError> {
-    let ExpectedRound { round, layout, optimizer, .. } = expected;
+    let ExpectedRound { round, layout, optimizer, aggregation, tensors, .. } = expected;
     if !models.has_room(layout.version_bytes(round).saturating_add(reserve_bytes))? {
         return Ok(None);
     }
     let base = models.open(run, round.saturating_sub(1), layout)?;
-    RoundFold::begin(shares, base, optimizer, models).map(Some)
+    RoundFold::begin(shares, base, optimizer, &aggregation, tensors, models).map(Some)
 }
 
 /// Folds one chunk; what cannot be folded is thrown away, and with it all that was.

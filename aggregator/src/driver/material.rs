@@ -12,7 +12,7 @@ use consort_common::{
 use crate::{
     engine::Plan,
     models::{ModelError, ModelLayout, ModelVersion},
-    reduce,
+    reduce::{self, TensorPlan},
 };
 
 /// What does not change about a run once it is created.
@@ -32,6 +32,8 @@ pub struct RunMaterial {
     pub tokenizer_digest: Digest,
     /// How the model is cut.
     pub plan: ChunkPlan,
+    /// Where its tensors lie.
+    pub tensors: TensorPlan,
     /// What the round engine needs of the specification.
     pub rounds: Plan,
 }
@@ -43,11 +45,12 @@ impl RunMaterial {
     /// If the specification cannot be used.
     pub fn new(spec_toml: String, tokenizer_digest: Digest) -> Result<Self, SpecError> {
         let spec = RunSpec::parse(&spec_toml)?;
-        let plan = spec.chunk_plan();
+        let (plan, manifest) = (spec.chunk_plan(), spec.model.manifest());
         Ok(Self {
             name: spec.name.clone(),
             spec_digest: RunSpec::digest(&spec_toml),
-            manifest_digest: spec.model.manifest().digest(),
+            manifest_digest: manifest.digest(),
+            tensors: TensorPlan::new(&manifest),
             tokenizer_digest,
             plan,
             rounds: Plan::new(&spec),

@@ -74,14 +74,20 @@ pub struct LiveRun {
 }
 
 impl LiveRun {
-    /// What the round in progress averages, if all that are waited for deliver.
+    /// What the round in progress averages, if all that are waited for deliver; none where no value can be averaged
+    /// before all have.
     fn expected_round(&self) -> Option<ExpectedRound> {
-        let state = self.run.state();
-        let weights = state.expected(&self.material.rounds);
-        let optimizer = self.material.spec.outer.optimizer.clone();
-        let expected =
-            ExpectedRound { round: state.round(), weights, layout: self.material.layout(), optimizer };
-        Some(expected).filter(|expected| !expected.weights.is_empty())
+        let (state, outer) = (self.run.state(), &self.material.spec.outer);
+        let expected = ExpectedRound {
+            round: state.round(),
+            weights: state.expected(&self.material.rounds),
+            layout: self.material.layout(),
+            optimizer: outer.optimizer.clone(),
+            aggregation: outer.aggregation.clone(),
+            tensors: self.material.tensors.clone(),
+        };
+        let whole = outer.aggregation.compares_deltas();
+        Some(expected).filter(|expected| !expected.weights.is_empty() && !whole)
     }
 }
 
@@ -305,6 +311,9 @@ impl Driver {
                 encoding: contribution.facts.encoding,
                 delta_digest: contribution.facts.delta_digest,
                 accepted_ms: contribution.accepted_ms,
+                measured_norm: None,
+                clip: None,
+                selected: None,
             }),
             Effect::RecordEvaluation { site, evaluation } => Record::Evaluation(EvaluationRow {
                 version: evaluation.version,
@@ -346,8 +355,8 @@ impl Driver {
             digest: round.reduced.digest,
             contributors: 0,
         };
-        let weights = round.contributions.iter().map(|one| (one.contribution.site.clone(), one.weight));
-        Ok(RoundCommit { row, weights: weights.collect() })
+        let (treatments, tensors) = (round.reduced.treatments.clone(), round.reduced.tensors.clone());
+        Ok(RoundCommit { row, treatments, tensors })
     }
 
     /// Performs what is not a record.

@@ -6,7 +6,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use consort_common::{
     checkpoint,
     ids::RunName,
-    spec::TokenizerSpec,
+    spec::{Aggregation, TokenizerSpec},
     tokenizer::{BYTE_END_OF_TEXT, token_id},
     units::{self, unix_ms_now},
 };
@@ -84,7 +84,9 @@ impl Driver {
         let (driver, material) = (self.clone(), material.clone());
         let begun = unix_ms_now();
         let contributors = contributions.len();
-        let mean_square = mean_square_norm(&contributions);
+        // What another rule gives is not the deltas' mean.
+        let is_mean = material.spec.outer.aggregation == Aggregation::default();
+        let mean_square = is_mean.then(|| mean_square_norm(&contributions));
         let mut claim = driver.early.claim(&material.name).await;
         let outcome = spawn_blocking(move || -> Result<_, DriverError> {
             let contributions = contributions.into_iter().map(|weighted| {
@@ -119,6 +121,8 @@ impl Driver {
                 contributions,
                 base: driver.models.open(&material.name, round - 1, material.layout())?,
                 optimizer: material.spec.outer.optimizer.clone(),
+                aggregation: material.spec.outer.aggregation.clone(),
+                tensors: material.tensors.clone(),
                 spool: &driver.spool,
                 models: &driver.models,
             })?)
@@ -136,8 +140,10 @@ impl Driver {
                 parameter_norm: outcome.statistics.parameter_norm,
                 momentum_norm: outcome.statistics.momentum_norm,
                 update_cosine: outcome.statistics.update_cosine,
-                spread: spread(mean_square, outcome.delta_norm),
+                spread: mean_square.and_then(|mean_square| spread(mean_square, outcome.delta_norm)),
             },
+            treatments: outcome.treatments,
+            tensors: outcome.tensors,
         })
     }
 

@@ -109,6 +109,37 @@ pub struct ReducedFacts {
     pub update_norm: f64,
     /// How else the round moved the model.
     pub statistics: RoundStatistics,
+    /// What became of each delta, in canonical order.
+    pub treatments: Vec<Treatment>,
+    /// Norms of the model's tensors, in the manifest's order.
+    pub tensors: Vec<TensorNorms>,
+}
+
+/// L2 norms of one tensor of a round. For people and charts: nothing is decided by them.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct TensorNorms {
+    /// Of the averaged delta.
+    pub delta: f64,
+    /// Of the outer optimizer's momentum after the round, where it has one.
+    pub momentum: Option<f64>,
+    /// Of the new parameters.
+    pub parameters: f64,
+}
+
+/// What the rule of aggregation did with a site's delta.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Treatment {
+    /// Whose.
+    pub site: SiteName,
+    /// Its weight in the average, before it is clipped: as it was given for means, 1/n where all n count alike, 0
+    /// where it was not selected.
+    pub weight: f64,
+    /// L2 norm of what it decodes to; none for the mean, which need not know.
+    pub norm: Option<f64>,
+    /// By what it was scaled, 0 to 1; none where the rule does not clip.
+    pub clip: Option<f64>,
+    /// Whether it was averaged; none where the rule does not select.
+    pub selected: Option<bool>,
 }
 
 /// How a round moved the model, beside the norms of the averaged delta and of the update. For people and charts:
@@ -123,7 +154,8 @@ pub struct RoundStatistics {
     /// of them is zero.
     pub update_cosine: Option<f64>,
     /// Weighted mean of the squared distances of the deltas to their mean, as a multiple of the mean's squared
-    /// norm, from the norms that the sites reported; none where the mean is zero.
+    /// norm, from the norms that the sites reported; none where the mean is zero, or the rule of aggregation is not
+    /// the mean.
     pub spread: Option<f64>,
 }
 

@@ -63,7 +63,10 @@ use consort_common::{ids::SiteName, units::UnixMs};
 
 pub use self::{
     effect::{Effect, RoundRecord, Weighted},
-    event::{ContributionFacts, Evaluation, Event, ReducedFacts, Rejection, RoundStatistics},
+    event::{
+        ContributionFacts, Evaluation, Event, ReducedFacts, Rejection, RoundStatistics, TensorNorms,
+        Treatment,
+    },
     instruction::{Instruction, Participation},
     pace::Pace,
     plan::Plan,

@@ -53,6 +53,8 @@ pub(super) fn reduced(round: u32) -> ReducedFacts {
         delta_norm: 0.2,
         update_norm: 0.1,
         statistics: RoundStatistics::default(),
+        treatments: Vec::new(),
+        tensors: Vec::new(),
     }
 }
 

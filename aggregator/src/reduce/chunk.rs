@@ -12,14 +12,21 @@
 //! come reading the base and copying the new version into the page cache, at 18 GB/s. Digests of the new
 //! version are left to `models`, which takes them while the disk is busy.
 
+use std::ops::Range;
+
 use consort_common::{codec::Encoding, ids::Digest, spec::OuterOptimizer};
 
 use super::{
     ReduceError, Share,
     broadcast::{self, Rounding},
-    damaged, kernel,
+    damaged,
+    gather::Gather,
+    kernel,
     outer::{self, Moments},
+    robust::Combination,
     statistics::{Lanes, Sums},
+    survey,
+    tensors::{Piece, TensorPlan, within},
 };
 use crate::{
     aligned::AlignedVec,
@@ -43,8 +50,8 @@ pub(super) struct Inputs {
     optimizer: OuterOptimizer,
     rounding: Rounding,
     residual_decay: f32,
-    /// Sum of the weights, in canonical order.
-    total_weight: f64,
+    combination: Combination,
+    pub(super) tensors: TensorPlan,
     /// Values that are worked on at a time: a multiple of every encoding's block.
     tile_parameters: usize,
 }
@@ -68,6 +75,9 @@ pub(super) struct Scratch {
     decoded: [AlignedVec<f32>; GROUP_DELTAS],
     /// A tile of their mean.
     delta: AlignedVec<f32>,
+    /// For trimmed means: the same piece of all deltas, and what is sorted of it.
+    gather: Gather,
+    keys: AlignedVec<i32>,
 }
 
 /// What is kept of a folded chunk.
@@ -76,7 +86,15 @@ pub(super) struct FoldedChunk {
     pub(super) record: ChunkRecord,
     /// Of the payloads that went in, in canonical order.
     pub(super) digests: Box<[Digest]>,
-    pub(super) sums: Sums,
+    /// Sums of the squares of each delta's values, in canonical order; empty for a weighted mean.
+    pub(super) squares: Box<[f64]>,
+    /// Of each tensor that has values in the chunk, with its place in the manifest.
+    pub(super) sums: Box<[(usize, Sums)]>,
+}
+
+/// Values of a tile for these encodings: a multiple of every block, all of which are powers of two.
+pub(super) fn tile_parameters(encodings: impl Iterator<Item = Encoding>) -> usize {
+    encodings.map(|encoding| encoding.codec().block_parameters()).fold(TILE_PARAMETERS_MIN, usize::max)
 }
 
 impl Inputs {
@@ -85,14 +103,15 @@ impl Inputs {
         base: ModelVersion,
         previous: Option<ModelVersion>,
         optimizer: OuterOptimizer,
+        combination: Combination,
+        tensors: TensorPlan,
     ) -> Self {
         let form = base.layout().encoding;
         let encodings = shares.iter().map(Share::encoding).chain(Rounding::new(form).encoding());
-        let blocks = encodings.map(|encoding| encoding.codec().block_parameters());
         Self {
-            // All are powers of two.
-            tile_parameters: blocks.fold(TILE_PARAMETERS_MIN, usize::max),
-            total_weight: shares.iter().map(|share| share.weight).sum(),
+            tile_parameters: tile_parameters(encodings),
+            combination,
+            tensors,
             rounding: Rounding::new(form),
             residual_decay: form.residual_decay().unwrap_or_default(),
             shares,
@@ -112,7 +131,11 @@ impl Inputs {
         let sent = self.rounding.encoding().map_or(0, |encoding| encoding.codec().encoded_bytes(chunk));
         let payloads = self.shares.iter().map(|share| share.encoding().codec().encoded_bytes(chunk));
         let payload = payloads.max().unwrap_or_default();
-        vectors * size_of::<f32>() * chunk + sent + self.shares.len().min(GROUP_DELTAS) * payload
+        let read = match self.combination {
+            Combination::WeightedMean { .. } => self.shares.len().min(GROUP_DELTAS) * payload,
+            Combination::TrimmedMean(_) => Gather::bytes(&self.shares, chunk, self.tile_parameters),
+        };
+        vectors * size_of::<f32>() * chunk + sent + read
     }
 
     /// Reads, averages, steps, rounds and writes chunk `index`.
@@ -141,25 +164,24 @@ impl Inputs {
             previous.read_parameters(index, &mut scratch.previous)?;
         }
 
-        let mut digests = Vec::with_capacity(self.shares.len());
-        for group in self.shares.chunks(GROUP_DELTAS) {
-            self.accumulate(index, group, scratch, &mut digests)?;
-        }
-        let mut lanes = Lanes::default();
+        let (digests, delta_squares) = self.combine(index, scratch)?;
+        let pieces = self.tensors.pieces(self.base.plan().range(index).map_err(ModelError::from)?);
+        let mut lanes: Vec<Lanes> = pieces.iter().map(|_| Lanes::default()).collect();
         let mut tiles = (0..length).step_by(self.tile_parameters);
         let stepped = tiles.try_for_each(|begin| {
             let end = (begin + self.tile_parameters).min(length);
-            self.step(scratch, begin, end, &mut lanes)
+            self.step(scratch, begin..end, &pieces, &mut lanes)
         });
 
         // One value that is not finite makes a sum of squares so.
-        let sums = lanes.sums();
-        if !sums.delta_squares.is_finite() {
+        let of_piece = |(piece, lanes): (&Piece, &Lanes)| (piece.tensor, lanes.sums());
+        let sums: Box<[_]> = pieces.iter().zip(&lanes).map(of_piece).collect();
+        if !sums.iter().all(|(_, sums)| sums.delta_squares.is_finite()) {
             self.find_not_finite(index, scratch)?;
         }
         stepped.map_err(|at| self.not_finite(index, at))?;
         // Momentum takes the parameters with it.
-        if !sums.update_squares.is_finite() {
+        if !sums.iter().all(|(_, sums)| sums.update_squares.is_finite()) {
             let at = scratch.parameters.iter().position(|value| !value.is_finite());
             return Err(self.not_finite(index, at.unwrap_or_default()));
         }
@@ -168,7 +190,38 @@ impl Inputs {
             return Err(self.not_finite(index, at));
         }
         let chunk = scratch.new_chunk(self.base.layout().update_of(new.version()).is_some());
-        Ok(FoldedChunk { record: new.write(index, chunk)?, digests: digests.into(), sums })
+        Ok(FoldedChunk {
+            record: new.write(index, chunk)?,
+            digests: digests.into(),
+            squares: delta_squares.into(),
+            sums,
+        })
+    }
+
+    /// Reads the chunk of each delta and makes their sums or trimmed means of them; gives the payloads' digests
+    /// and what [`FoldedChunk::squares`] holds.
+    fn combine(&self, index: u32, scratch: &mut Scratch) -> Result<(Vec<Digest>, Vec<f64>), ReduceError> {
+        match &self.combination {
+            Combination::WeightedMean { total_weight } => {
+                let mut digests = Vec::with_capacity(self.shares.len());
+                for group in self.shares.chunks(GROUP_DELTAS) {
+                    self.accumulate(index, group, *total_weight, scratch, &mut digests)?;
+                }
+                Ok((digests, Vec::new()))
+            }
+            Combination::TrimmedMean(trimmed) => {
+                let Scratch { gather, keys, sums, .. } = scratch;
+                let mut squares = vec![0.0; self.shares.len()];
+                let digests =
+                    gather.tiles(&self.shares, index, sums.len(), self.tile_parameters, |begin, rows| {
+                        for (square, row) in squares.iter_mut().zip(rows) {
+                            *square += survey::square(row);
+                        }
+                        trimmed.combine(rows, keys, &mut sums[begin..begin + rows[0].len()]);
+                    })?;
+                Ok((digests, squares))
+            }
+        }
     }
 
     /// Reads the chunk of each delta of a group and adds them to the sums; adds the digests of what was added
@@ -177,6 +230,7 @@ impl Inputs {
         &self,
         index: u32,
         group: &[Share],
+        total_weight: f64,
         scratch: &mut Scratch,
         digests: &mut Vec<Digest>,
     ) -> Result<(), ReduceError> {
@@ -193,7 +247,7 @@ impl Inputs {
             if is_first {
                 sums.fill(0.0);
             }
-            let weights = group.iter().map(|share| share.weight / self.total_weight);
+            let weights = group.iter().map(|share| share.weight / total_weight);
             // Tiles begin at multiples of the encoding's block.
             let tiles = group.iter().zip(&*payloads).map(|(share, payload)| {
                 let codec = share.encoding().codec();
@@ -228,7 +282,14 @@ impl Inputs {
 
     /// Takes a tile from its sums to what the sites will hold; the error is the position of a value in the
     /// chunk that is not finite.
-    fn step(&self, scratch: &mut Scratch, begin: usize, end: usize, lanes: &mut Lanes) -> Result<(), usize> {
+    fn step(
+        &self,
+        scratch: &mut Scratch,
+        tile: Range<usize>,
+        pieces: &[Piece],
+        lanes: &mut [Lanes],
+    ) -> Result<(), usize> {
+        let (begin, end) = (tile.start, tile.end);
         let Scratch {
             sums, base, momentum, second_moment, residual, parameters, previous, sent, delta, ..
         } = scratch;
@@ -243,7 +304,9 @@ impl Inputs {
             second: second_moment.get_mut(begin..end).unwrap_or_default(),
         };
         let residual = residual.get_mut(begin..end).unwrap_or_default();
-        kernel::round(sums, delta, &mut lanes.delta);
+        for (at, lanes) in within(pieces, lanes, tile.clone()) {
+            kernel::round(&sums[at.clone()], &mut delta[at], &mut lanes.delta);
+        }
         if residual.is_empty() {
             outer::step(&self.optimizer, delta, base, parameters, moments);
         } else {
@@ -262,7 +325,11 @@ impl Inputs {
             let at = parameters.iter().position(|value| !value.is_finite());
             return Err(begin + at.unwrap_or_default());
         }
-        lanes.add(parameters, base, momentum, previous);
+        for (at, lanes) in within(pieces, lanes, tile) {
+            let momentum = momentum.get(at.clone()).unwrap_or_default();
+            let previous = previous.get(at.clone()).unwrap_or_default();
+            lanes.add(&parameters[at.clone()], &base[at], momentum, previous);
+        }
         Ok(())
     }
 

@@ -11,15 +11,24 @@ use std::sync::{
     atomic::{AtomicU32, Ordering},
 };
 
-use consort_common::{codec::Encoding, ids::Digest, spec::OuterOptimizer};
+use consort_common::{
+    codec::Encoding,
+    ids::Digest,
+    spec::{Aggregation, OuterOptimizer},
+};
 
 use super::{
     ReduceError, Reduction, WeightedContribution,
-    chunk::{FoldedChunk, Inputs, Scratch},
+    chunk::{FoldedChunk, Inputs, Scratch, tile_parameters},
+    gather::Gather,
     outer::{has_momentum, initial_second_moment},
+    robust::Judgement,
     statistics::Sums,
+    survey::Survey,
+    tensors::TensorPlan,
 };
 use crate::{
+    engine::Treatment,
     models::{ModelError, ModelFiles, ModelLayout, ModelVersion, NewVersion},
     spool::{ContributionKey, DeltaLayout, SpooledDelta},
 };
@@ -50,7 +59,13 @@ impl Share {
 /// A round that is being reduced. Dropped unfinished, it leaves nothing.
 #[derive(Debug)]
 pub struct RoundFold {
+    /// In canonical order, as they were given.
+    shares: Vec<Share>,
+    /// What is folded of them.
     inputs: Inputs,
+    treatments: Vec<Treatment>,
+    /// What is not folded, and what it was when that was decided.
+    left_out: Vec<(ContributionKey, Digest)>,
     new: NewVersion,
     chunks: Mutex<Vec<Progress>>,
     /// Vectors that no core works with at the moment.
@@ -66,18 +81,24 @@ enum Progress {
 
 impl RoundFold {
     /// Begins to make the version after `base` of these deltas, in any order: the canonical order is by site.
-    /// Takes the new version's space on disk. An orphan of that version is replaced in the end.
+    /// Takes the new version's space on disk. An orphan of that version is replaced in the end. If the rule
+    /// [compares deltas](Aggregation::compares_deltas), they must be whole, and are read.
     ///
     /// # Errors
-    /// [`ReduceError::NoContributions`], [`ReduceError::Unfit`], or the model files'.
+    /// [`ReduceError::NoContributions`], [`ReduceError::TooFew`], [`ReduceError::Unfit`], what is wrong with a
+    /// delta that is compared, or the model files'.
     pub fn begin(
         mut shares: Vec<Share>,
         base: ModelVersion,
         optimizer: OuterOptimizer,
+        aggregation: &Aggregation,
+        tensors: TensorPlan,
         models: &ModelFiles,
     ) -> Result<Self, ReduceError> {
         shares.sort_by(|a, b| a.delta.key().cmp(b.delta.key()));
         check(&shares, &base)?;
+        let Judgement { shares: folded, combination, treatments, left_out } =
+            Judgement::new(&shares, aggregation, |distances| survey(&shares, &base, distances))?;
         let (momentum, second_moment) =
             (has_momentum(&optimizer), initial_second_moment(&optimizer).is_some());
         let layout = ModelLayout { momentum, second_moment, ..base.layout() };
@@ -87,7 +108,10 @@ impl RoundFold {
         let new = models.begin(base.run(), base.version() + 1, layout)?;
         let chunks = (0..layout.plan.chunks()).map(|_| Progress::Open).collect();
         Ok(Self {
-            inputs: Inputs::new(shares, base, previous, optimizer),
+            shares,
+            inputs: Inputs::new(folded, base, previous, optimizer, combination, tensors),
+            treatments,
+            left_out,
             new,
             chunks: Mutex::new(chunks),
             idle: Mutex::default(),
@@ -98,7 +122,7 @@ impl RoundFold {
     pub fn is_of(&self, contributions: &[WeightedContribution]) -> bool {
         let mut contributions: Vec<_> = contributions.iter().collect();
         contributions.sort_by(|a, b| a.key.cmp(&b.key));
-        let shares = &self.inputs.shares;
+        let shares = &self.shares;
         shares.len() == contributions.len()
             && shares.iter().zip(contributions).all(|(share, one)| share.is(one))
     }
@@ -155,8 +179,7 @@ impl RoundFold {
                 }
             }
         };
-        let workers =
-            rayon::current_num_threads().min(SCRATCH_BYTES_MAX / self.inputs.scratch_bytes()).max(1);
+        let workers = workers(self.inputs.scratch_bytes());
         rayon::scope(|scope| (0..workers).for_each(|_| scope.spawn(|_| work())));
         failure.into_inner().map_or(Ok(()), Err)
     }
@@ -171,7 +194,7 @@ impl RoundFold {
             return Err(ReduceError::OtherContributions { round: self.new.version() });
         }
         self.fold_rest()?;
-        let Self { inputs, new, chunks, .. } = self;
+        let Self { inputs, mut treatments, left_out, new, chunks, .. } = self;
         let folded: Vec<FoldedChunk> = chunks
             .into_inner()
             .unwrap_or_else(PoisonError::into_inner)
@@ -182,17 +205,34 @@ impl RoundFold {
             })
             .collect();
         for (place, share) in inputs.shares.iter().enumerate() {
-            let accepted = accepted.iter().find(|accepted| accepted.key == *share.delta.key());
-            check_delta(share.delta.key(), accepted, folded.iter().map(|chunk| chunk.digests[place]))?;
+            let mut hasher = blake3::Hasher::new();
+            for chunk in &folded {
+                hasher.update(chunk.digests[place].as_bytes());
+            }
+            check_delta(share.delta.key(), accepted, hasher.finalize().into())?;
+        }
+        for (key, found) in &left_out {
+            check_delta(key, accepted, *found)?;
+        }
+        // A fold that finds norms leaves nothing out.
+        for (place, treatment) in treatments.iter_mut().enumerate() {
+            let squares = folded.iter().filter_map(|chunk| chunk.squares.get(place));
+            let norm = squares.copied().reduce(|sum, square| sum + square).map(f64::sqrt);
+            treatment.norm = norm.or(treatment.norm);
         }
         let mut sums = Sums::default();
-        folded.iter().for_each(|chunk| sums.add(chunk.sums));
+        let pieces = || folded.iter().flat_map(|chunk| chunk.sums.iter().copied());
+        pieces().for_each(|(_, piece)| sums.add(piece));
+        let has_momentum = inputs.base.layout().momentum;
+        let tensors = inputs.tensors.norms(pieces(), has_momentum);
         let records: Vec<_> = folded.iter().map(|chunk| chunk.record).collect();
         Ok(Reduction {
             version: new.finish(&records)?,
             delta_norm: sums.delta_squares.sqrt(),
             update_norm: sums.update_squares.sqrt(),
-            statistics: sums.statistics(inputs.base.layout().momentum),
+            statistics: sums.statistics(has_momentum),
+            treatments,
+            tensors,
         })
     }
 }
@@ -224,24 +264,31 @@ fn check(shares: &[Share], base: &ModelVersion) -> Result<(), ReduceError> {
     }
 }
 
-/// Compares the chunks that were folded with the delta that was accepted: a chunk may have been sent again
-/// meanwhile.
+/// Compares what was read of a delta with the one that was accepted: a chunk may have been sent again meanwhile.
 fn check_delta(
     key: &ContributionKey,
-    accepted: Option<&WeightedContribution>,
-    chunks: impl Iterator<Item = Digest>,
+    accepted: &[WeightedContribution],
+    found: Digest,
 ) -> Result<(), ReduceError> {
-    let mut hasher = blake3::Hasher::new();
-    for chunk in chunks {
-        hasher.update(chunk.as_bytes());
-    }
-    let found = Digest::from(hasher.finalize());
-    match accepted {
+    match accepted.iter().find(|accepted| accepted.key == *key) {
         Some(WeightedContribution { delta_digest: accepted, .. }) if *accepted != found => {
             Err(ReduceError::OtherDelta { key: Box::new(key.clone()), accepted: *accepted, found })
         }
         _ => Ok(()),
     }
+}
+
+/// Looks at all deltas before they are folded.
+fn survey(shares: &[Share], base: &ModelVersion, distances: bool) -> Result<Survey, ReduceError> {
+    let plan = base.plan();
+    let tile_parameters = tile_parameters(shares.iter().map(Share::encoding));
+    let bytes = Gather::bytes(shares, plan.chunk_parameters() as usize, tile_parameters);
+    Survey::of(shares, plan, tile_parameters, distances, workers(bytes))
+}
+
+/// Cores that work at a time, with vectors of so many bytes each.
+fn workers(scratch_bytes: usize) -> usize {
+    rayon::current_num_threads().min(SCRATCH_BYTES_MAX / scratch_bytes).max(1)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

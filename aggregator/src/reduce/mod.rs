@@ -3,32 +3,39 @@
 //! | file | what |
 //! |---|---|
 //! | `fold` | a round's reduction, chunk by chunk, in any order of chunks |
-//! | `chunk` | one chunk: read, decode, weighted mean, outer step, rounding, in tiles |
-//! | `kernel`, `outer`, `broadcast` | the formulas |
-//! | `statistics` | what is recorded of a round beside its model |
+//! | `robust` | what the rule of aggregation does with each delta; `survey`: what it must know of all for that |
+//! | `chunk` | one chunk: read, decode, mean, outer step, rounding, in tiles |
+//! | `gather` | the same piece of all deltas, for rules that compare them |
+//! | `kernel`, `coordinates`, `outer`, `broadcast` | the formulas |
+//! | `statistics`, `tensors` | what is recorded of a round beside its model |
 //! | `initial` | version 0 |
 //!
-//! Memory is O(cores x chunk): see `fold`. The result is a function of the base version, the set of weighted
-//! deltas and the outer optimizer: bit-identical whatever the order in which deltas arrived, the number of
-//! threads and the chunk size. Norms alone may differ in their last digits between chunk sizes, since they
-//! are added chunk by chunk; and where the model is sent in an encoding that looks at blocks of values, its
-//! last block is that of each chunk.
+//! Memory is O(cores x chunk): see `fold`, and `gather` for rules that compare deltas. The result is a function of
+//! the base version, the set of weighted deltas, the rule of aggregation and the outer optimizer: bit-identical
+//! whatever the order in which deltas arrived, the number of threads and the chunk size. Norms alone may differ in
+//! their last digits between chunk sizes, since they are added chunk by chunk, and with them what they clip; and
+//! where the model is sent in an encoding that looks at blocks of values, its last block is that of each chunk.
 //!
 //! Reduction writes a version's files and nothing else: the driver commits it in the database, later.
 //! Blocks for as long as it takes: async callers use `spawn_blocking`.
 
 mod broadcast;
 mod chunk;
+mod coordinates;
 mod fold;
+mod gather;
 mod initial;
 mod kernel;
 mod outer;
+mod robust;
 mod statistics;
+mod survey;
+mod tensors;
 
 use consort_common::{
     codec::{DecodeError, Encoding},
     ids::{Digest, SiteName},
-    spec::OuterOptimizer,
+    spec::{Aggregation, OuterOptimizer},
 };
 use rayon::prelude::*;
 
@@ -37,8 +44,10 @@ pub use self::{
     initial::create_initial,
     outer::{has_momentum, initial_second_moment},
     statistics::ModelStatistics,
+    tensors::TensorPlan,
 };
 use crate::{
+    engine::{TensorNorms, Treatment},
     models::{ModelError, ModelFiles, ModelVersion},
     spool::{ContributionKey, DeltaLayout, Spool, SpoolError},
 };
@@ -51,6 +60,20 @@ pub enum ReduceError {
     NoContributions {
         /// The round.
         round: u32,
+    },
+    /// The rule of aggregation is not defined for so few.
+    #[error(
+        "round {round} cannot be reduced: the rule {rule} of outer.aggregation takes {needed} deltas, and there are {deltas}"
+    )]
+    TooFew {
+        /// The round.
+        round: u32,
+        /// The rule, by its name in specifications.
+        rule: &'static str,
+        /// How many there are.
+        deltas: usize,
+        /// How many there must be.
+        needed: u64,
     },
     /// The list of contributions is not one that the round can have.
     #[error("round {round} cannot be reduced: {key} {reason}")]
@@ -110,6 +133,7 @@ impl ReduceError {
             Self::OtherDelta { key, .. } => Some(&key.site),
             Self::Damaged { key, source, .. } => source.is_lasting().then_some(&key.site),
             Self::NoContributions { .. }
+            | Self::TooFew { .. }
             | Self::Unfit { .. }
             | Self::OtherContributions { .. }
             | Self::NotFinite { .. }
@@ -167,6 +191,10 @@ pub struct ReduceInputs<'a> {
     pub base: ModelVersion,
     /// What is done with the average.
     pub optimizer: OuterOptimizer,
+    /// How the deltas become one.
+    pub aggregation: Aggregation,
+    /// Where the model's tensors lie.
+    pub tensors: TensorPlan,
     /// Where the deltas are.
     pub spool: &'a Spool,
     /// Where the new version goes.
@@ -184,6 +212,10 @@ pub struct Reduction {
     pub update_norm: f64,
     /// How else the round moved the model.
     pub statistics: ModelStatistics,
+    /// What became of each delta, in canonical order.
+    pub treatments: Vec<Treatment>,
+    /// Norms of the model's tensors, in the plan's order.
+    pub tensors: Vec<TensorNorms>,
 }
 
 /// Averages the contributions, moves the base version by the outer optimizer's step and writes the next.
@@ -192,7 +224,7 @@ pub struct Reduction {
 /// # Errors
 /// See [`ReduceError`]; nothing is left on disk then.
 pub fn reduce(inputs: ReduceInputs<'_>) -> Result<Reduction, ReduceError> {
-    let ReduceInputs { contributions, base, optimizer, spool, models } = inputs;
+    let ReduceInputs { contributions, base, optimizer, aggregation, tensors, spool, models } = inputs;
     let plan = base.plan();
     // One that this process did not receive is verified whole when it is opened, hence in parallel.
     let shares = contributions.par_iter().map(|contribution| {
@@ -201,8 +233,8 @@ pub fn reduce(inputs: ReduceInputs<'_>) -> Result<Reduction, ReduceError> {
         let delta = delta.map_err(|error| damaged(key, error.chunk(), error))?;
         Ok::<_, ReduceError>(Share { delta, weight: *weight })
     });
-    let fold = RoundFold::begin(shares.collect::<Result<_, _>>()?, base, optimizer, models)?;
-    fold.finish(&contributions)
+    let shares = shares.collect::<Result<_, _>>()?;
+    RoundFold::begin(shares, base, optimizer, &aggregation, tensors, models)?.finish(&contributions)
 }
 
 fn damaged(key: &ContributionKey, chunk: u32, fault: impl Into<ChunkFault>) -> ReduceError {

@@ -7,6 +7,7 @@
 use multiversion::multiversion;
 
 use super::kernel::LANES;
+use crate::engine::TensorNorms;
 
 /// What the model's vectors say of a round.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -47,7 +48,7 @@ pub(super) struct Lanes {
 }
 
 impl Lanes {
-    /// Adds a tile, which has a multiple of [`LANES`] values unless it is a chunk's last; `momentum` and `previous`,
+    /// Adds a tile, or what of one is a tensor's; `momentum` and `previous`,
     /// the parameters of the version before the base, are empty where there is none. The delta is added by whoever
     /// rounds it.
     pub(super) fn add(&mut self, parameters: &[f32], base: &[f32], momentum: &[f32], previous: &[f32]) {
@@ -77,6 +78,15 @@ impl Sums {
         self.momentum_squares += other.momentum_squares;
         self.previous_squares += other.previous_squares;
         self.products += other.products;
+    }
+
+    /// If these are of a tensor.
+    pub(super) fn norms(self, has_momentum: bool) -> TensorNorms {
+        TensorNorms {
+            delta: self.delta_squares.sqrt(),
+            momentum: has_momentum.then(|| self.momentum_squares.sqrt()),
+            parameters: self.parameter_squares.sqrt(),
+        }
     }
 
     /// If these are of the whole model.

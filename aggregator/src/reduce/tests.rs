@@ -12,6 +12,7 @@ use crate::{
 
 mod broadcast;
 mod fold;
+mod robust;
 
 const NESTEROV: OuterOptimizer = OuterOptimizer::Nesterov { learning_rate: 0.7, momentum: 0.9 };
 const SGD: OuterOptimizer = OuterOptimizer::Sgd { learning_rate: 0.7, momentum: 0.9 };
@@ -78,6 +79,7 @@ struct Fixture {
     layout: ModelLayout,
     encoding: Encoding,
     optimizer: OuterOptimizer,
+    aggregation: Aggregation,
 }
 
 fn run() -> RunName {
@@ -120,7 +122,8 @@ impl Fixture {
             Ok::<_, ModelError>(())
         };
         create_initial(&models, &run(), layout, fill).unwrap();
-        Self { folder, spool, models, layout, encoding, optimizer }
+        let aggregation = Aggregation::default();
+        Self { folder, spool, models, layout, encoding, optimizer, aggregation }
     }
 
     fn deliver(&self, round: u32, site: &str, weight: f64, delta: &[f32]) -> WeightedContribution {
@@ -161,9 +164,17 @@ impl Fixture {
             contributions: contributions.to_vec(),
             base: self.base(base),
             optimizer: self.optimizer.clone(),
+            aggregation: self.aggregation.clone(),
+            tensors: self.tensors(),
             spool: &self.spool,
             models: &self.models,
         })
+    }
+
+    /// Two tensors, of a third of the values and of the rest.
+    fn tensors(&self) -> TensorPlan {
+        let parameters = self.layout.plan.parameters();
+        TensorPlan::with_ends([parameters / 3, parameters])
     }
 
     fn parameters(&self, version: u32) -> Vec<f32> {
@@ -305,6 +316,27 @@ fn successive_updates_are_compared() {
     let second = fixture.reduce(1, &[second]).unwrap().statistics;
     assert!((second.parameter_norm - 5f64.sqrt()).abs() < 1e-12);
     assert!((second.update_cosine.unwrap() - 0.5f64.sqrt()).abs() < 1e-12);
+}
+
+/// Two rounds of 10 values in chunks of 4, of which the first three are one tensor.
+#[test]
+fn norms_of_tensors_are_those_of_their_values() {
+    let fixture = Fixture::new(
+        &[1.0; 10],
+        4,
+        Encoding::Fp32,
+        OuterOptimizer::Sgd { learning_rate: 1.0, momentum: 0.5 },
+    );
+    let delta = [0.0, 3.0, 4.0, 0.0, 0.0, 5.0, 0.0, 12.0, 0.0, 0.0];
+    let norms = |delta, momentum, parameters| TensorNorms { delta, momentum: Some(momentum), parameters };
+    let first = fixture.deliver(1, "north", 1.0, &delta);
+    let first = fixture.reduce(0, &[first]).unwrap();
+    // Values 1, 4, 5; and 1 five times, 6 and 13.
+    assert_eq!(first.tensors, [norms(5.0, 5.0, 42f64.sqrt()), norms(13.0, 13.0, 210f64.sqrt())]);
+    let second = fixture.deliver(2, "north", 1.0, &[0.0; 10]);
+    let second = fixture.reduce(1, &[second]).unwrap();
+    assert_eq!(second.tensors[0].delta, 0.0);
+    assert_eq!(second.tensors[1].momentum, Some(6.5));
 }
 
 #[test]

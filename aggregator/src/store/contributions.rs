@@ -11,6 +11,7 @@ use super::{
     Store, StoreError,
     values::{Columns, count, finite},
 };
+use crate::engine::Treatment;
 
 /// An accepted delta.
 #[derive(Debug, Clone, PartialEq)]
@@ -21,7 +22,7 @@ pub struct ContributionRow {
     pub run: RunName,
     /// For which round.
     pub round: u32,
-    /// Share of the average, 0 to 1; none while the round is open or if it was not averaged.
+    /// Share of the average, 0 to 1; none while the round is open or if it was not reduced.
     pub weight: Option<f64>,
     /// Tokens trained.
     pub tokens: u64,
@@ -41,6 +42,13 @@ pub struct ContributionRow {
     pub delta_digest: Digest,
     /// When it was accepted.
     pub accepted_ms: UnixMs,
+    /// L2 norm of what it decodes to, where the rule of aggregation looks at it; like the rest, none while the round
+    /// is open.
+    pub measured_norm: Option<f64>,
+    /// By what it was scaled, 0 to 1, where the rule clips.
+    pub clip: Option<f64>,
+    /// Whether it was averaged, where the rule selects.
+    pub selected: Option<bool>,
 }
 
 impl Store {
@@ -106,23 +114,29 @@ pub(super) async fn insert_contribution(
     Ok(())
 }
 
-/// Sets a contribution's share of the average.
-pub(super) async fn set_weight(
+/// Records what became of a contribution.
+pub(super) async fn set_treatment(
     connection: &mut SqliteConnection,
     run: &RunName,
     round: u32,
-    site: &SiteName,
-    weight: f64,
+    treatment: &Treatment,
 ) -> Result<(), StoreError> {
-    let updated =
-        sqlx::query("UPDATE contributions SET weight = $4 WHERE run = $1 AND round = $2 AND site = $3")
-            .bind(run.as_str())
-            .bind(i64::from(round))
-            .bind(site.as_str())
-            .bind(finite("contributions.weight", weight)?)
-            .execute(connection)
-            .await
-            .map_err(StoreError::of("commit a round"))?;
+    let Treatment { site, weight, norm, clip, selected } = treatment;
+    let optional = |column, value: Option<f64>| value.map(|value| finite(column, value)).transpose();
+    let updated = sqlx::query(
+        "UPDATE contributions SET weight = $4, measured_norm = $5, clip = $6, selected = $7 \
+         WHERE run = $1 AND round = $2 AND site = $3",
+    )
+    .bind(run.as_str())
+    .bind(i64::from(round))
+    .bind(site.as_str())
+    .bind(finite("contributions.weight", *weight)?)
+    .bind(optional("contributions.measured_norm", *norm)?)
+    .bind(optional("contributions.clip", *clip)?)
+    .bind(selected.map(i64::from))
+    .execute(connection)
+    .await
+    .map_err(StoreError::of("commit a round"))?;
     if updated.rows_affected() == 1 {
         Ok(())
     } else {
@@ -146,5 +160,8 @@ fn contribution_row(row: &SqliteRow) -> Result<ContributionRow, StoreError> {
         encoding: row.known("encoding", Encoding::parse)?,
         delta_digest: row.parsed("delta_digest")?,
         accepted_ms: row.count("accepted_ms")?,
+        measured_norm: row.optional_float("measured_norm")?,
+        clip: row.optional_float("clip")?,
+        selected: row.optional_count::<u8>("selected")?.map(|selected| selected != 0),
     })
 }

@@ -12,7 +12,7 @@ use super::{
     Store, StoreError, contributions,
     values::{Columns, count, finite},
 };
-use crate::engine::RoundStatistics;
+use crate::engine::{RoundStatistics, TensorNorms, Treatment};
 
 /// A committed round.
 #[derive(Debug, Clone, PartialEq)]
@@ -43,7 +43,7 @@ pub struct RoundRow {
     pub bytes_up: u64,
     /// Digest of the model that it made.
     pub digest: Digest,
-    /// Deltas that were averaged. Not stored: counted.
+    /// Deltas that were reduced. Not stored: counted.
     pub contributors: u32,
 }
 
@@ -52,8 +52,10 @@ pub struct RoundRow {
 pub struct RoundCommit {
     /// Its row; `contributors` is ignored.
     pub row: RoundRow,
-    /// Share of the average of every delta that was averaged; each was recorded before.
-    pub weights: Vec<(SiteName, f64)>,
+    /// What became of every delta that was reduced; each was recorded before.
+    pub treatments: Vec<Treatment>,
+    /// Norms of the model's tensors, in the manifest's order.
+    pub tensors: Vec<TensorNorms>,
 }
 
 /// Held-out loss of a version at a site.
@@ -121,6 +123,19 @@ impl Store {
         row.as_ref().map(round_row).transpose()
     }
 
+    /// Norms of the model's tensors in one committed round, in the manifest's order; none where an older version
+    /// committed it.
+    pub async fn tensor_norms(&self, run: &RunName, round: u32) -> Result<Vec<TensorNorms>, StoreError> {
+        let row = sqlx::query("SELECT norms FROM round_tensors WHERE run = $1 AND round = $2")
+            .bind(run.as_str())
+            .bind(i64::from(round))
+            .fetch_optional(&self.readers)
+            .await
+            .map_err(StoreError::of("read a round's tensors"))?;
+        let norms = |row: SqliteRow| Columns(&row).known("norms", |text| serde_json::from_str(text).ok());
+        row.map_or_else(|| Ok(Vec::new()), norms)
+    }
+
     /// The run and round that made the model of that digest; the oldest of several.
     pub async fn version_with_digest(&self, digest: Digest) -> Result<Option<(RunName, u32)>, StoreError> {
         let row =
@@ -154,7 +169,7 @@ impl Store {
     }
 }
 
-/// The round's commit point: its row, the weights, and the run's new version.
+/// The round's commit point: its row, what became of the deltas, and the run's new version.
 pub(super) async fn commit_round(
     connection: &mut SqliteConnection,
     run: &RunName,
@@ -173,8 +188,9 @@ pub(super) async fn commit_round(
         return Err(StoreError::NotNext { run: run.clone(), round: row.round });
     }
     insert_round(connection, run, row).await?;
-    for (site, weight) in &commit.weights {
-        contributions::set_weight(connection, run, row.round, site, *weight).await?;
+    insert_tensors(connection, run, row.round, &commit.tensors).await?;
+    for treatment in &commit.treatments {
+        contributions::set_treatment(connection, run, row.round, treatment).await?;
     }
     Ok(())
 }
@@ -211,6 +227,26 @@ async fn insert_round(
     .execute(connection)
     .await
     .map_err(StoreError::of("commit a round"))?;
+    Ok(())
+}
+
+async fn insert_tensors(
+    connection: &mut SqliteConnection,
+    run: &RunName,
+    round: u32,
+    tensors: &[TensorNorms],
+) -> Result<(), StoreError> {
+    let norms = serde_json::to_string(tensors).map_err(|error| StoreError::Unstorable {
+        column: "round_tensors.norms",
+        value: error.to_string(),
+    })?;
+    sqlx::query("INSERT INTO round_tensors (run, round, norms) VALUES ($1, $2, $3)")
+        .bind(run.as_str())
+        .bind(i64::from(round))
+        .bind(norms)
+        .execute(connection)
+        .await
+        .map_err(StoreError::of("commit a round"))?;
     Ok(())
 }
 

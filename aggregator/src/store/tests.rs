@@ -4,7 +4,7 @@ use consort_common::ids::{Digest, RunName, SiteName};
 use tempfile::TempDir;
 
 use super::*;
-use crate::engine::RoundStatistics;
+use crate::engine::{RoundStatistics, TensorNorms, Treatment};
 
 /// A database with the run "pilot".
 struct Fixture {
@@ -64,6 +64,9 @@ fn contribution(round: u32, from: &str) -> ContributionRow {
         bytes: 123,
         delta_digest: Digest::of(from.as_bytes()),
         accepted_ms: u64::from(round) * 10,
+        measured_norm: None,
+        clip: None,
+        selected: None,
     }
 }
 
@@ -91,9 +94,23 @@ fn round_row(round: u32) -> RoundRow {
     }
 }
 
+fn tensors() -> Vec<TensorNorms> {
+    vec![
+        TensorNorms { delta: 0.25, momentum: Some(1e-12), parameters: 3.5 },
+        TensorNorms { delta: 0.0, momentum: None, parameters: 0.125 },
+    ]
+}
+
 fn commit_of(round: u32, weights: &[(&str, f64)]) -> Record {
-    let weights = weights.iter().map(|(from, weight)| (site(from), *weight)).collect();
-    Record::Round(RoundCommit { row: round_row(round), weights })
+    let treatment = |(from, weight): &(&str, f64)| Treatment {
+        site: site(from),
+        weight: *weight,
+        norm: Some(2.0 * weight),
+        clip: None,
+        selected: Some(*weight > 0.25),
+    };
+    let treatments = weights.iter().map(treatment).collect();
+    Record::Round(RoundCommit { row: round_row(round), treatments, tensors: tensors() })
 }
 
 fn event(text: &str) -> Record {
@@ -190,8 +207,15 @@ async fn a_step_is_stored_with_all_its_records() {
     assert_eq!(fixture.store.round(&pilot(), 1).await.unwrap().as_ref(), Some(&round));
     assert_eq!(fixture.store.rounds(&pilot()).await.unwrap(), [round]);
     assert_eq!(fixture.store.round(&pilot(), 2).await.unwrap(), None);
-    let weighted = |from, weight| ContributionRow { weight, ..contribution(1, from) };
-    let expected = [weighted("late", None), weighted("north", Some(0.25)), weighted("south", Some(0.75))];
+    assert_eq!(fixture.store.tensor_norms(&pilot(), 1).await.unwrap(), tensors());
+    assert_eq!(fixture.store.tensor_norms(&pilot(), 2).await.unwrap(), []);
+    let treated = |from, weight, selected| ContributionRow {
+        weight: Some(weight),
+        measured_norm: Some(2.0 * weight),
+        selected: Some(selected),
+        ..contribution(1, from)
+    };
+    let expected = [contribution(1, "late"), treated("north", 0.25, false), treated("south", 0.75, true)];
     assert_eq!(fixture.store.contributions(&pilot(), 1).await.unwrap(), expected);
     assert_eq!(fixture.store.evaluations(&pilot()).await.unwrap(), [evaluation]);
     assert_eq!(fixture.store.checkpoints(&pilot()).await.unwrap(), [checkpoint]);

@@ -3,6 +3,7 @@
 //! It is validated whole ([`RunSpec::parse`] reports every problem with its path), stored with the run,
 //! identified by its BLAKE3, and sent to every client as it is.
 
+mod aggregation;
 mod reference;
 mod rules;
 mod start;
@@ -12,6 +13,7 @@ mod validate;
 use serde::{Deserialize, Serialize};
 
 pub use self::{
+    aggregation::Aggregation,
     start::StartingPoint,
     validate::{Problem, SpecError},
 };
@@ -300,11 +302,17 @@ pub struct OuterSpec {
     pub optimizer: OuterOptimizer,
     /// What a contribution counts.
     pub weighting: Weighting,
+    /// How the deltas become one.
+    pub aggregation: Aggregation,
 }
 
 impl Default for OuterSpec {
     fn default() -> Self {
-        Self { optimizer: OuterOptimizer::default(), weighting: Weighting::Tokens }
+        Self {
+            optimizer: OuterOptimizer::default(),
+            weighting: Weighting::Tokens,
+            aggregation: Aggregation::default(),
+        }
     }
 }
 

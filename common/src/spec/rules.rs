@@ -1,8 +1,8 @@
 //! What a specification must hold beyond its types: ranges, and keys that must fit each other.
 
 use super::{
-    AdaptiveDeadline, CheckpointSpec, EvaluationSpec, OptimizerSpec, OuterOptimizer, ParticipationSpec,
-    RunSpec, Sampling, TokenizerSpec, TrainingSpec, validate::Problem,
+    AdaptiveDeadline, Aggregation, CheckpointSpec, EvaluationSpec, OptimizerSpec, OuterOptimizer,
+    ParticipationSpec, RunSpec, Sampling, TokenizerSpec, TrainingSpec, aggregation, validate::Problem,
 };
 use crate::{
     chunk::{CHUNK_PARAMETERS_MAX, CHUNK_PARAMETERS_MIN},
@@ -49,6 +49,7 @@ pub(super) fn problems(spec: &RunSpec, faulty: &[String]) -> Vec<Problem> {
     schedule(&mut rules, &spec.training.schedule, spec.run_steps());
     tokens(&mut rules, spec);
     outer(&mut rules, &spec.outer.optimizer);
+    aggregation(&mut rules, &spec.outer.aggregation, &spec.participation);
     participation(&mut rules, &spec.participation, spec.training.local_steps);
     evaluation(&mut rules, &spec.evaluation);
     checkpoints(&mut rules, &spec.checkpoints);
@@ -271,6 +272,49 @@ fn outer(rules: &mut Rules<'_>, optimizer: &OuterOptimizer) {
         let holds = (0.0..1.0).contains(&decay);
         rules.number(&format!("outer.optimizer.{key}"), decay, holds, "0 or more, below 1");
     }
+}
+
+fn aggregation(rules: &mut Rules<'_>, rule: &Aggregation, participation: &ParticipationSpec) {
+    let (deltas, key) = aggregation::deltas_min(participation);
+    let given = format!("participation.{key}");
+    let ends = format!("a round may end with {deltas} (participation.{key})");
+    let path = |key: &str| format!("outer.aggregation.{key}");
+    match *rule {
+        Aggregation::Mean {} | Aggregation::Median {} => {}
+        Aggregation::ClippedMean { factor } => {
+            rules.number(&path("factor"), factor, factor > 0.0, "a positive number");
+        }
+        Aggregation::TrimmedMean { fraction } => {
+            let in_range = fraction > 0.0 && fraction < 0.5;
+            rules.number(&path("fraction"), fraction, in_range, "above 0, below 0.5");
+            let trims = !in_range || deltas < 3 || rule.trimmed(deltas as usize) > Some(0);
+            rules.check(&[&path("fraction"), &given], trims, || {
+                format!(
+                    "is {fraction}, which is no whole delta, and {ends}; allowed then: 1/{deltas} or more"
+                )
+            });
+        }
+        Aggregation::Krum { hostile } | Aggregation::MultiKrum { hostile, .. } => {
+            let most = deltas.saturating_sub(3) / 2;
+            rules.check(&[&path("hostile"), &given], deltas < 3 || hostile <= most, || {
+                let needed = rule.deltas_min();
+                format!("is {hostile}, for which it takes 2 x {hostile} + 3 = {needed} deltas, but {ends}; allowed then: 0 to {most}")
+            });
+        }
+    }
+    if let Aggregation::MultiKrum { hostile, selected } = *rule {
+        let most = deltas.saturating_sub(hostile);
+        rules.check(&[&path("selected"), &path("hostile"), &given], selected <= most, || {
+            format!("is {selected}, but {ends}, of which {hostile} may be hostile; allowed then: 0 (the number of deltas less hostile and 2) to {most}")
+        });
+    }
+    let enough = matches!(rule, Aggregation::Mean {}) || deltas >= 3;
+    rules.check(&[&path("kind"), &given], enough, || {
+        format!(
+            "is \"{}\", but {ends}, which tell nothing of each other; allowed then: \"mean\"",
+            rule.name()
+        )
+    });
 }
 
 fn participation(rules: &mut Rules<'_>, participation: &ParticipationSpec, local_steps: u32) {

@@ -104,10 +104,12 @@ pub fn round(run: &str, round: &v1::GetRoundResponse) -> Value {
         json!({
             "run": run,
             "seed": round.seed,
+            "aggregation": round.aggregation,
             "spec_digest": digest(&round.spec_digest),
             "manifest_digest": digest(&round.manifest_digest),
             "contributions": round.contributions.iter().map(contribution).collect::<Vec<_>>(),
             "evaluations": round.evaluations.iter().map(site_evaluation).collect::<Vec<_>>(),
+            "tensors": round.tensors.iter().map(tensor_norms).collect::<Vec<_>>(),
         }),
     )
 }
@@ -124,6 +126,19 @@ fn contribution(contribution: &v1::Contribution) -> Value {
         "bytes": contribution.bytes,
         "delta_digest": digest(&contribution.delta_digest),
         "accepted_unix_ms": moment(contribution.accepted_unix_ms),
+        "measured_norm": contribution.measured_norm,
+        "clip": contribution.clip,
+        "selected": contribution.selected,
+    })
+}
+
+fn tensor_norms(tensor: &v1::TensorNorms) -> Value {
+    json!({
+        "name": tensor.name,
+        "parameters": tensor.parameters,
+        "delta_norm": tensor.delta_norm,
+        "momentum_norm": tensor.momentum_norm,
+        "parameter_norm": tensor.parameter_norm,
     })
 }
 

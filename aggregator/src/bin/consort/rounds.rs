@@ -32,6 +32,9 @@ pub enum RoundsCommand {
         run: RunName,
         /// The round, from 1
         round: u32,
+        /// Norms of every tensor of the model too; with --json they are always there
+        #[arg(long)]
+        tensors: bool,
     },
 }
 
@@ -46,12 +49,17 @@ pub async fn run(context: &Context, command: RoundsCommand) -> Result<(), Failur
             let document = json::list("rounds", &rounds, json::round_summary);
             context.output.show(&document, &list_lines(&rounds, &context.output))
         }
-        RoundsCommand::Show { run, round } => {
+        RoundsCommand::Show { run, round, tensors } => {
             let request = v1::GetRoundRequest { run: run.to_string(), round };
             let attempt = format!("show round {round} of the run {run}");
             let response = reply(&attempt, operator.get_round(request)).await?;
             let summary = response.round.as_ref().ok_or_else(|| missing(&attempt, "round"))?;
-            let lines = record_lines(run.as_str(), summary, &response, &context.output, &TimeZone::system());
+            let output = &context.output;
+            let mut lines = record_lines(run.as_str(), summary, &response, output, &TimeZone::system());
+            if tensors {
+                lines.push(String::new());
+                lines.extend(tensor_lines(&response.tensors, output));
+            }
             context.output.show(&json::round(run.as_str(), &response), &lines)
         }
     }
@@ -114,6 +122,7 @@ fn record_lines(
             ),
             ("attempts", summary.attempts.to_string()),
             ("seed", response.seed.to_string()),
+            ("aggregation", response.aggregation.clone()),
             ("specification", words::digest(&response.spec_digest)),
             ("manifest", words::digest(&response.manifest_digest)),
             ("model", words::digest(&summary.digest)),
@@ -137,6 +146,10 @@ fn record_lines(
     );
     lines.push(String::new());
     lines.extend(contribution_lines(&response.contributions, output));
+    if response.contributions.iter().any(|one| one.measured_norm.is_some()) {
+        lines.push(String::new());
+        lines.extend(treatment_lines(&response.contributions, output));
+    }
     lines.push(String::new());
     lines.extend(digest_lines(&response.contributions, output));
     if !response.evaluations.is_empty() {
@@ -167,6 +180,28 @@ fn contribution_lines(contributions: &[v1::Contribution], output: &Output) -> Ve
             took_seconds(contribution.train_seconds),
             words::number(contribution.delta_norm),
             units::bytes(contribution.bytes),
+        ]);
+    }
+    table.render(output.columns, output.paint)
+}
+
+/// What a rule of aggregation other than the mean did with the deltas.
+fn treatment_lines(contributions: &[v1::Contribution], output: &Output) -> Vec<String> {
+    let mut table = Table::new([
+        Column::name("SITE"),
+        Column::number("MEASURED NORM"),
+        Column::number("SCALED BY"),
+        Column::words("SELECTED"),
+    ]);
+    let number = |value: Option<f64>| value.map_or_else(|| words::NONE.to_owned(), words::number);
+    for contribution in contributions {
+        let selected =
+            contribution.selected.map_or(words::NONE, |selected| if selected { "yes" } else { "no" });
+        table.row([
+            contribution.site.clone(),
+            number(contribution.measured_norm),
+            number(contribution.clip),
+            selected.to_owned(),
         ]);
     }
     table.render(output.columns, output.paint)
@@ -209,6 +244,26 @@ fn evaluation_lines(evaluations: &[v1::SiteEvaluation], output: &Output) -> Vec<
             words::perplexity(evaluation.loss),
             words::loss(evaluation.loss),
             units::count(evaluation.tokens),
+        ]);
+    }
+    table.render(output.columns, output.paint)
+}
+
+fn tensor_lines(tensors: &[v1::TensorNorms], output: &Output) -> Vec<String> {
+    let mut table = Table::new([
+        Column::name("TENSOR"),
+        Column::number("PARAMETERS").optional(1),
+        Column::number("DELTA"),
+        Column::number("MOMENTUM"),
+        Column::number("MODEL"),
+    ]);
+    for tensor in tensors {
+        table.row([
+            tensor.name.clone(),
+            tensor.parameters.to_string(),
+            words::number(tensor.delta_norm),
+            tensor.momentum_norm.map_or_else(|| words::NONE.to_owned(), words::number),
+            words::number(tensor.parameter_norm),
         ]);
     }
     table.render(output.columns, output.paint)
@@ -257,6 +312,7 @@ mod tests {
             bytes: 4_200_000,
             delta_digest: vec![0xCD; 32],
             accepted_unix_ms: 1_700_000_064_000,
+            ..v1::Contribution::default()
         }
     }
 
@@ -288,6 +344,8 @@ mod tests {
             spec_digest: vec![0x11; 32],
             manifest_digest: vec![0x22; 32],
             seed: u64::MAX,
+            aggregation: "mean".into(),
+            tensors: Vec::new(),
         };
         let lines = record_lines("demo", &summary(), &response, &OUTPUT, &TimeZone::UTC);
         let text = lines.join("\n");
@@ -306,6 +364,51 @@ mod tests {
             assert!(text.contains(part), "{part:?} is not in\n{text}");
         }
         assert!(lines.iter().all(|line| width(line) <= 80), "{text}");
+    }
+
+    #[test]
+    fn what_a_rule_did_with_each_delta_is_shown() {
+        let judged = |site: &str, norm, clip, selected| v1::Contribution {
+            measured_norm: Some(norm),
+            clip,
+            selected,
+            ..contribution(site)
+        };
+        let lines = treatment_lines(
+            &[judged("books", 1.25, Some(1.0), None), judged("mallory", 125.0, Some(0.01), Some(false))],
+            &OUTPUT,
+        );
+        assert_eq!(
+            lines,
+            [
+                "SITE     MEASURED NORM  SCALED BY  SELECTED",
+                "books           1.2500     1.0000  -",
+                "mallory       125.0000     0.0100  no",
+            ]
+        );
+    }
+
+    #[test]
+    fn tensors_are_shown_with_their_norms() {
+        let tensor = |name: &str, momentum_norm| v1::TensorNorms {
+            name: name.into(),
+            parameters: 4096,
+            delta_norm: 0.5,
+            momentum_norm,
+            parameter_norm: 12.0,
+        };
+        let lines = tensor_lines(
+            &[tensor("model.embed_tokens.weight", Some(1.25)), tensor("model.norm.weight", None)],
+            &OUTPUT,
+        );
+        assert_eq!(
+            lines,
+            [
+                "TENSOR                     PARAMETERS   DELTA  MOMENTUM    MODEL",
+                "model.embed_tokens.weight        4096  0.5000    1.2500  12.0000",
+                "model.norm.weight                4096  0.5000         -  12.0000",
+            ]
+        );
     }
 
     #[test]

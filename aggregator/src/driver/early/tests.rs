@@ -37,6 +37,8 @@ fn expected(sites: &[&str]) -> Option<ExpectedRound> {
         weights: sites.iter().map(|site| (site.parse().unwrap(), weight)).collect(),
         layout: layout(),
         optimizer: OuterOptimizer::FedAvg {},
+        aggregation: Aggregation::default(),
+        tensors: TensorPlan::with_ends([12]),
     })
 }
 
@@ -102,6 +104,8 @@ impl World {
             contributions: contributions.to_vec(),
             base: self.models.open(&run(), 0, layout()).unwrap(),
             optimizer: OuterOptimizer::FedAvg {},
+            aggregation: Aggregation::default(),
+            tensors: TensorPlan::with_ends([12]),
             spool: &self.spool,
             models: &self.models,
         };

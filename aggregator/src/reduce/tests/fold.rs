@@ -19,7 +19,8 @@ fn weight(site: &str) -> f64 {
 
 fn begin(fixture: &Fixture) -> RoundFold {
     let shares = SITES.map(|site| Share { delta: fixture.spooled(&key(1, site)), weight: weight(site) });
-    RoundFold::begin(shares.to_vec(), fixture.base(0), NESTEROV, &fixture.models).unwrap()
+    let (rule, tensors) = (Aggregation::default(), fixture.tensors());
+    RoundFold::begin(shares.to_vec(), fixture.base(0), NESTEROV, &rule, tensors, &fixture.models).unwrap()
 }
 
 fn put(fixture: &Fixture, site: &str, index: u32) {

@@ -186,6 +186,54 @@ fn outer_optimizers_say_what_their_numbers_may_be() {
 }
 
 #[test]
+fn aggregation_rules_ask_for_enough_sites() {
+    check(
+        "outer.aggregation.kind = \"mode\"",
+        &[
+            r#"outer.aggregation.kind is "mode"; allowed: "mean", "clipped-mean", "trimmed-mean", "median", "krum", "multi-krum""#,
+        ],
+    );
+    check(
+        "outer.aggregation.kind = \"median\"",
+        &[
+            r#"outer.aggregation.kind is "median", but a round may end with 1 (participation.minimum_clients), which tell nothing of each other; allowed then: "mean""#,
+        ],
+    );
+    check("outer.aggregation.kind = \"median\"\nparticipation.minimum_clients = 3", &[]);
+    check(
+        "outer.aggregation = { kind = \"clipped-mean\", factor = 0.0 }\nparticipation.minimum_clients = 3",
+        &["outer.aggregation.factor is 0; allowed: a positive number"],
+    );
+    for (fraction, shown) in [("0.5", "0.5"), ("0.0", "0"), ("nan", "NaN")] {
+        check(
+            &format!(
+                "outer.aggregation = {{ kind = \"trimmed-mean\", fraction = {fraction} }}\nparticipation.minimum_clients = 4"
+            ),
+            &[&format!("outer.aggregation.fraction is {shown}; allowed: above 0, below 0.5")],
+        );
+    }
+    check(
+        "outer.aggregation.kind = \"trimmed-mean\"\nparticipation = { minimum_clients = 8, quorum = 3 }",
+        &[
+            "outer.aggregation.fraction is 0.25, which is no whole delta, and a round may end with 3 (participation.quorum); allowed then: 1/3 or more",
+        ],
+    );
+    check(
+        "outer.aggregation.kind = \"krum\"\nparticipation = { minimum_clients = 8, clients_per_round = 4 }",
+        &[
+            "outer.aggregation.hostile is 1, for which it takes 2 x 1 + 3 = 5 deltas, but a round may end with 4 (participation.clients_per_round); allowed then: 0 to 0",
+        ],
+    );
+    check(
+        "outer.aggregation = { kind = \"multi-krum\", hostile = 2, selected = 6 }\nparticipation.minimum_clients = 7",
+        &[
+            "outer.aggregation.selected is 6, but a round may end with 7 (participation.minimum_clients), of which 2 may be hostile; allowed then: 0 (the number of deltas less hostile and 2) to 5",
+        ],
+    );
+    check("outer.aggregation = { kind = \"multi-krum\" }\nparticipation.minimum_clients = 5", &[]);
+}
+
+#[test]
 fn wrong_types_name_both() {
     check("training = 3", &["training is 3; allowed: a table"]);
     check("wire = [1]", &["wire is an array; allowed: a table"]);
