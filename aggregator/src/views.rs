@@ -307,6 +307,7 @@ fn contribution(row: &ContributionRow) -> v1::Contribution {
         bytes: row.bytes,
         delta_digest: row.delta_digest.to_vec(),
         accepted_unix_ms: row.accepted_ms,
+        age: row.age,
     }
 }
 
@@ -326,6 +327,7 @@ fn client_summary(
             Participation::Working => v1::Participation::Working,
             Participation::Delivered => v1::Participation::Delivered,
             Participation::Replaced => v1::Participation::Replaced,
+            Participation::Behind => v1::Participation::Behind,
         }
         .into(),
         progress: session.and_then(|session| session.progress.clone()),

@@ -3,6 +3,7 @@
 use consort_common::{
     codec::Encoding,
     ids::{Digest, RunName, SiteName},
+    spec::STALENESS_MAX,
     units::UnixMs,
 };
 use sqlx::{SqliteConnection, sqlite::SqliteRow};
@@ -19,8 +20,10 @@ pub struct ContributionRow {
     pub site: SiteName,
     /// For which run. The run of the call that records it.
     pub run: RunName,
-    /// For which round.
+    /// For which round it was trained.
     pub round: u32,
+    /// How many rounds later than that it counts.
+    pub age: u32,
     /// Share of the average, 0 to 1; none while the round is open or if it was not averaged.
     pub weight: Option<f64>,
     /// Tokens trained.
@@ -44,14 +47,20 @@ pub struct ContributionRow {
 }
 
 impl Store {
-    /// The deltas accepted for a round, by site.
+    /// The deltas accepted for the average of a round, by site and round: they may have been trained for earlier
+    /// rounds.
     pub async fn contributions(&self, run: &RunName, round: u32) -> Result<Vec<ContributionRow>, StoreError> {
-        let rows = sqlx::query("SELECT * FROM contributions WHERE run = $1 AND round = $2 ORDER BY site")
-            .bind(run.as_str())
-            .bind(i64::from(round))
-            .fetch_all(&self.readers)
-            .await
-            .map_err(StoreError::of("list a round's contributions"))?;
+        // The first condition on the round finds the rows by the table's key.
+        let rows = sqlx::query(
+            "SELECT * FROM contributions WHERE run = $1 AND round BETWEEN $2 - $3 AND $2 AND round + age = $2 \
+             ORDER BY site, round",
+        )
+        .bind(run.as_str())
+        .bind(i64::from(round))
+        .bind(i64::from(STALENESS_MAX))
+        .fetch_all(&self.readers)
+        .await
+        .map_err(StoreError::of("list a round's contributions"))?;
         rows.iter().map(contribution_row).collect()
     }
 
@@ -81,11 +90,12 @@ pub(super) async fn insert_contribution(
 ) -> Result<(), StoreError> {
     sqlx::query(
         "INSERT INTO contributions (run, round, site, weight, tokens, steps, train_loss, train_seconds, delta_norm, \
-         bytes, encoding, delta_digest, accepted_ms) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) \
+         bytes, encoding, delta_digest, accepted_ms, age) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) \
          ON CONFLICT (run, round, site) DO UPDATE SET weight = excluded.weight, tokens = excluded.tokens, \
          steps = excluded.steps, train_loss = excluded.train_loss, train_seconds = excluded.train_seconds, \
          delta_norm = excluded.delta_norm, bytes = excluded.bytes, encoding = excluded.encoding, delta_digest = excluded.delta_digest, \
-         accepted_ms = excluded.accepted_ms",
+         accepted_ms = excluded.accepted_ms, age = excluded.age",
     )
     .bind(run.as_str())
     .bind(i64::from(row.round))
@@ -100,6 +110,7 @@ pub(super) async fn insert_contribution(
     .bind(row.encoding.name())
     .bind(row.delta_digest.to_string())
     .bind(count("contributions.accepted_ms", row.accepted_ms)?)
+    .bind(i64::from(row.age))
     .execute(connection)
     .await
     .map_err(StoreError::of("record a contribution"))?;
@@ -136,6 +147,7 @@ fn contribution_row(row: &SqliteRow) -> Result<ContributionRow, StoreError> {
         site: row.parsed("site")?,
         run: row.parsed("run")?,
         round: row.count("round")?,
+        age: row.count("age")?,
         weight: row.optional_float("weight")?,
         tokens: row.count("tokens")?,
         steps: row.count("steps")?,

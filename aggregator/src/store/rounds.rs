@@ -52,8 +52,8 @@ pub struct RoundRow {
 pub struct RoundCommit {
     /// Its row; `contributors` is ignored.
     pub row: RoundRow,
-    /// Share of the average of every delta that was averaged; each was recorded before.
-    pub weights: Vec<(SiteName, f64)>,
+    /// Round, site and share of the average of every delta that was averaged; each was recorded before.
+    pub weights: Vec<(u32, SiteName, f64)>,
 }
 
 /// Held-out loss of a version at a site.
@@ -96,8 +96,12 @@ pub fn mean_loss<'a>(evaluations: impl IntoIterator<Item = &'a EvaluationRow>) -
     (tokens > 0.0).then_some(sum / tokens)
 }
 
+/// 64 is [`consort_common::spec::STALENESS_MAX`], with which the rows are found by their table's key.
 const SELECT_ROUND: &str = "SELECT rounds.*, (SELECT COUNT(*) FROM contributions WHERE contributions.run = rounds.run \
-    AND contributions.round = rounds.round AND contributions.weight IS NOT NULL) AS contributors FROM rounds";
+    AND contributions.round BETWEEN rounds.round - 64 AND rounds.round \
+    AND contributions.round + contributions.age = rounds.round AND contributions.weight IS NOT NULL) \
+    AS contributors FROM rounds";
+const _: () = assert!(consort_common::spec::STALENESS_MAX == 64);
 
 impl Store {
     /// The run's committed rounds, ascending.
@@ -173,8 +177,8 @@ pub(super) async fn commit_round(
         return Err(StoreError::NotNext { run: run.clone(), round: row.round });
     }
     insert_round(connection, run, row).await?;
-    for (site, weight) in &commit.weights {
-        contributions::set_weight(connection, run, row.round, site, *weight).await?;
+    for (round, site, weight) in &commit.weights {
+        contributions::set_weight(connection, run, *round, site, *weight).await?;
     }
     Ok(())
 }

@@ -150,6 +150,7 @@ fn contribution_lines(contributions: &[v1::Contribution], output: &Output) -> Ve
     let mut table = Table::new([
         Column::name("SITE"),
         Column::number("WEIGHT"),
+        Column::number("AGE"),
         Column::number("TOKENS"),
         Column::number("STEPS"),
         Column::number("TRAIN LOSS"),
@@ -161,6 +162,7 @@ fn contribution_lines(contributions: &[v1::Contribution], output: &Output) -> Ve
         table.row([
             contribution.site.clone(),
             format!("{:.6}", contribution.weight),
+            contribution.age.to_string(),
             contribution.tokens.to_string(),
             contribution.steps.to_string(),
             words::loss(contribution.train_loss),
@@ -257,6 +259,7 @@ mod tests {
             bytes: 4_200_000,
             delta_digest: vec![0xCD; 32],
             accepted_unix_ms: 1_700_000_064_000,
+            age: 0,
         }
     }
 
