@@ -311,6 +311,7 @@ fn contribution(row: &ContributionRow) -> v1::Contribution {
         bytes: row.bytes,
         delta_digest: row.delta_digest.to_vec(),
         accepted_unix_ms: row.accepted_ms,
+        age: row.age,
         measured_norm: row.measured_norm,
         clip: row.clip,
         selected: row.selected,
@@ -343,6 +344,7 @@ fn client_summary(
             Participation::Working => v1::Participation::Working,
             Participation::Delivered => v1::Participation::Delivered,
             Participation::Replaced => v1::Participation::Replaced,
+            Participation::Behind => v1::Participation::Behind,
         }
         .into(),
         progress: session.and_then(|session| session.progress.clone()),

@@ -5,6 +5,11 @@
 //! however often the site was killed, disconnected or asked again. A round therefore begins with the state
 //! that the site had after an earlier round, which stays until a later round begins; and its delta is
 //! durable, with the state after the round, before the first byte of it is sent.
+//!
+//! What a site carries from one of its rounds to its next (cursor, moments, what the encoding dropped) does not
+//! depend on which versions they train from: where rounds do not wait for slow sites, a site skips numbers and
+//! never goes back. What the encoding dropped is part of a delta, and late by as many versions as the delta that
+//! it is added to; moments are of gradients at a version that old, as with any optimizer that is kept.
 
 use std::{
     fs,

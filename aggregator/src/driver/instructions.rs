@@ -24,12 +24,18 @@ fn task(live: &LiveRun, site: &SiteName, daemon: &Daemon) -> Task {
         Instruction::Idle { reason } => Task::Idle(v1::Idle { reason }),
         Instruction::Prepare => Task::Prepare(v1::Prepare { run, spec_digest }),
         Instruction::Train { round, first_step, steps, tokens, deadline_ms, evaluate_base } => {
+            let base_version = round.saturating_sub(1);
+            let Some(base_digest) = live.digest(base_version) else {
+                let reason =
+                    format!("version {base_version}, which round {round} trains from, cannot be read");
+                return Task::Idle(v1::Idle { reason });
+            };
             Task::Train(v1::Train {
                 run,
                 spec_digest,
                 manifest_digest,
                 round,
-                base_digest: live.version_digest.to_vec(),
+                base_digest: base_digest.to_vec(),
                 first_step,
                 steps,
                 tokens,

@@ -71,9 +71,25 @@ pub struct LiveRun {
     pub run: Run,
     /// BLAKE3 of the newest committed version's flat vector.
     pub version_digest: Digest,
+    /// The same of older versions, which sites that are behind train from.
+    pub older_digests: BTreeMap<u32, Digest>,
 }
 
 impl LiveRun {
+    /// BLAKE3 of a version that sites train from; none if it is not known any more.
+    fn digest(&self, version: u32) -> Option<Digest> {
+        let is_newest = version == self.run.state().version;
+        if is_newest { Some(self.version_digest) } else { self.older_digests.get(&version).copied() }
+    }
+
+    /// Takes note of the version that a round made.
+    fn committed(&mut self, round: &RoundRecord) {
+        self.older_digests.insert(round.round.saturating_sub(1), self.version_digest);
+        self.version_digest = round.reduced.digest;
+        let bases = self.run.state().bases();
+        self.older_digests.retain(|version, _| bases.contains(version));
+    }
+
     /// What the round in progress averages, if all that are waited for deliver; none where no value can be averaged
     /// before all have.
     fn expected_round(&self) -> Option<ExpectedRound> {
@@ -192,7 +208,17 @@ impl Driver {
             tracing::info!(run = %material.name, status = %run.state().status, version = run.state().version, "run restored");
             let effects = run.resume_effects(&material.rounds);
             let name = material.name.clone();
-            core.runs.insert(name.clone(), LiveRun { material, run, version_digest: row.version_digest });
+            let mut older_digests = BTreeMap::new();
+            for version in run.state().bases() {
+                match self.models.open(&name, version, material.layout()) {
+                    Ok(model) => drop(older_digests.insert(version, model.digest())),
+                    Err(error) => {
+                        tracing::error!(run = %name, %error, "sites that train from version {version} have to wait until their work is given up")
+                    }
+                }
+            }
+            let version_digest = row.version_digest;
+            core.runs.insert(name.clone(), LiveRun { material, run, version_digest, older_digests });
             self.perform(&mut core, &name, effects);
         }
         Ok(())
@@ -281,7 +307,7 @@ impl Driver {
             live.run = run;
             for effect in &effects {
                 if let Effect::Commit(round) = effect {
-                    live.version_digest = round.reduced.digest;
+                    live.committed(round);
                 }
             }
         }
@@ -301,6 +327,7 @@ impl Driver {
                 site: contribution.site.clone(),
                 run: run.clone(),
                 round: *round,
+                age: contribution.age,
                 weight: None,
                 tokens: contribution.facts.tokens,
                 steps: contribution.facts.steps,

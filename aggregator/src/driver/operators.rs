@@ -1,6 +1,6 @@
 //! What operators do to runs: create them, and let them start, pause, go on and end.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use consort_common::{
     atomic_file::write_atomically,
@@ -96,7 +96,10 @@ impl Driver {
                 created_ms: unix_ms_now(),
             })
             .await?;
-        core.runs.insert(name.clone(), LiveRun { material, run, version_digest: version.digest() });
+        core.runs.insert(
+            name.clone(),
+            LiveRun { material, run, version_digest: version.digest(), older_digests: BTreeMap::new() },
+        );
         drop(core);
         self.changed();
         if starts_from_model && let Err(error) = self.discard_start(&name).await {

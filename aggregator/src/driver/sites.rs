@@ -10,9 +10,9 @@ use consort_proto::v1;
 use rand::RngCore;
 use tokio::sync::watch;
 
-use super::{Core, Driver, DriverError, ModelReader, RunMaterial};
+use super::{Core, Driver, DriverError, LiveRun, ModelReader, RunMaterial};
 use crate::{
-    engine::{self, ContributionFacts, Effect, Event, Phase, Rejection, Run, RunStatus, Standing},
+    engine::{self, ContributionFacts, Effect, Event, Rejection, RunStatus},
     models::ModelError,
     sessions::{Daemon, Prepared, Session, SessionId},
     spool::ContributionKey,
@@ -246,7 +246,7 @@ impl Driver {
         core.sessions.touch(site, session, unix_ms_now())?;
         let live = core.run(run)?;
         let key = ContributionKey { run: run.clone(), round, site: site.clone(), delta };
-        let open = is_open(&live.run, &key)?;
+        let open = is_open(live, &key)?;
         Ok(open.then(|| UploadTicket { material: live.material.clone(), key }))
     }
 
@@ -257,7 +257,7 @@ impl Driver {
     pub async fn check_upload_open(&self, ticket: &UploadTicket) -> Result<(), DriverError> {
         let mut core = self.core.lock().await;
         let key = &ticket.key;
-        if is_open(&core.run(&key.run)?.run, key)? {
+        if is_open(core.run(&key.run)?, key)? {
             core.sessions.heard(&key.site, unix_ms_now());
             return Ok(());
         }
@@ -340,24 +340,13 @@ impl Drop for Attendance {
 }
 
 /// Whether the round takes this delta: not so if it was accepted before.
-fn is_open(run: &Run, key: &ContributionKey) -> Result<bool, Rejection> {
-    let state = run.state();
+fn is_open(live: &LiveRun, key: &ContributionKey) -> Result<bool, Rejection> {
+    let (state, plan) = (live.run.state(), &live.material.rounds);
     if !matches!(state.status, RunStatus::Active | RunStatus::Paused) {
         return Err(Rejection::NotRunning { status: state.status.clone() });
     }
-    let not_assigned = || Rejection::NotAssigned { site: key.site.clone(), round: key.round };
-    match &state.phase {
-        Phase::Training(training) if training.round == key.round => match training.sites.get(&key.site) {
-            Some(Standing::Working | Standing::Replaced) => Ok(true),
-            Some(Standing::Delivered(_)) => Ok(false),
-            None => Err(not_assigned()),
-        },
-        Phase::Reducing(reducing) if reducing.round == key.round => {
-            match reducing.contributions.iter().any(|contribution| contribution.site == key.site) {
-                true => Ok(false),
-                false => Err(Rejection::RoundOver { round: key.round, current: state.round() }),
-            }
-        }
-        _ => Err(Rejection::RoundOver { round: key.round, current: state.round() }),
+    if state.accepted(&key.site, key.round).is_some() {
+        return Ok(false);
     }
+    state.assigned_steps(plan, &key.site, key.round).map(|_| true)
 }

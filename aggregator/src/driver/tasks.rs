@@ -93,7 +93,7 @@ impl Driver {
                 let contribution = weighted.contribution;
                 let key = ContributionKey {
                     run: material.name.clone(),
-                    round,
+                    round: contribution.round(round),
                     site: contribution.site,
                     delta: contribution.facts.delta,
                 };
@@ -254,16 +254,18 @@ impl Driver {
     }
 
     /// Deletes spooled chunks of rounds up to `round`, and model versions that nobody needs any more: the
-    /// newest is the base of the round in progress, the one before may still be on its way to a site.
+    /// newest is the base of the round in progress, the one before may still be on its way to a site, and sites
+    /// that are behind may ask again for what they train from.
     pub(super) fn begin_discard(self: &Arc<Self>, material: &Arc<RunMaterial>, round: u32) {
         let (driver, material) = (self.clone(), material.clone());
         self.tasks.spawn(async move {
-            let (run, unpublished) = {
+            let keep: Vec<u32> = {
                 let core = driver.core.lock().await;
                 let Ok(live) = core.run(&material.name) else { return };
-                (live.run.state().version, live.run.state().unpublished.clone())
+                let state = live.run.state();
+                let newest = [state.version, state.version.saturating_sub(1)];
+                state.unpublished.iter().copied().chain(state.bases()).chain(newest).collect()
             };
-            let keep: Vec<u32> = unpublished.into_iter().chain([run, run.saturating_sub(1)]).collect();
             let name = material.name.clone();
             let discarded = spawn_blocking(move || -> Result<(), DriverError> {
                 driver.spool.discard_rounds_through(&material.name, round)?;

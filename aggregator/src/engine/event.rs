@@ -131,6 +131,8 @@ pub struct TensorNorms {
 pub struct Treatment {
     /// Whose.
     pub site: SiteName,
+    /// For which round it was trained.
+    pub round: u32,
     /// Its weight in the average, before it is clipped: as it was given for means, 1/n where all n count alike, 0
     /// where it was not selected.
     pub weight: f64,

@@ -48,6 +48,8 @@ pub enum Participation {
     Delivered,
     /// Its delta is taken but not waited for.
     Replaced,
+    /// It is at work on an earlier round, and its delta is taken.
+    Behind,
 }
 
 impl Run {
@@ -67,6 +69,9 @@ impl Run {
 
     /// What `site` was asked to do in the round in progress.
     pub fn participation(&self, site: &SiteName) -> Participation {
+        if self.state.behind.contains_key(site) {
+            return Participation::Behind;
+        }
         let delivered = match &self.state.phase {
             Phase::Training(training) => match training.sites.get(site) {
                 Some(Standing::Working) => return Participation::Working,
@@ -81,6 +86,9 @@ impl Run {
 
     fn active_instruction(&self, plan: &Plan, site: &SiteName) -> Instruction {
         let state = &self.state;
+        if let Some(behind) = state.behind.get(site) {
+            return train(plan, behind.round, behind.steps, None);
+        }
         match &state.phase {
             Phase::Waiting => idle(format!("waiting for {}", words::sites_to_begin(self, plan))),
             Phase::Training(training) => self.training_instruction(plan, training, site),
@@ -95,22 +103,28 @@ impl Run {
 
     fn training_instruction(&self, plan: &Plan, training: &Training, site: &SiteName) -> Instruction {
         match training.sites.get(site) {
-            Some(Standing::Working | Standing::Replaced) => Instruction::Train {
-                round: training.round,
-                first_step: plan.first_step(training.round),
-                steps: training.steps(site, plan),
-                tokens: plan.tokens(training.steps(site, plan)),
-                deadline_ms: self.deadline_ms(),
-                evaluate_base: plan.evaluates(training.round.saturating_sub(1)),
-            },
+            Some(Standing::Working | Standing::Replaced) => {
+                train(plan, training.round, training.steps(site, plan), self.deadline_ms())
+            }
             Some(Standing::Delivered(_)) => {
                 let awaited = plan.awaited(training.selected(), training.wanted);
-                let others = awaited.saturating_sub(training.contributions().count());
+                let others = awaited.saturating_sub(self.state.in_hand(plan));
                 let others = words::count(others, "other site", "other sites");
                 idle(format!("delta accepted; waiting for {others}"))
             }
             None => idle(format!("not selected for round {}", training.round)),
         }
+    }
+}
+
+fn train(plan: &Plan, round: u32, steps: u32, deadline_ms: Option<UnixMs>) -> Instruction {
+    Instruction::Train {
+        round,
+        first_step: plan.first_step(round),
+        steps,
+        tokens: plan.tokens(steps),
+        deadline_ms,
+        evaluate_base: plan.evaluates(round.saturating_sub(1)),
     }
 }
 

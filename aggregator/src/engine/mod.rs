@@ -32,6 +32,14 @@
 //!   stored with the run. The run's clock ([`State::cumulative_step`]) runs as if all took the full number.
 //! - With over-selection a round puts more sites to work than it waits for and ends with the first deltas;
 //!   those that come later are late.
+//! - A site whose round ends without it is *behind* where the specification takes late deltas: it goes on with
+//!   what it was put to work on and takes part in no other round until its delta is in, which then counts in the
+//!   round that is open, or the next one, as a contribution with an *age*. It is never waited for and counts
+//!   towards no quorum. It is given up when its delta would be too old, when too few sites are free to begin a
+//!   round, and at a deadline without quorum: then it may be put to work anew.
+//! - In the buffered mode (FedBuff, arXiv 2106.06639) a round is the filling of a buffer: every ready site that is
+//!   neither behind nor has delivered in the round is put to work, and the round ends with so many deltas, of
+//!   whatever age. The sites that are still at work then are behind.
 //! - Deltas are taken while the run is paused too (what was trained is not wasted), but the round does not
 //!   end before the run goes on.
 //!
@@ -70,7 +78,9 @@ pub use self::{
     instruction::{Instruction, Participation},
     pace::Pace,
     plan::Plan,
-    state::{Assignment, Contribution, Evaluating, Phase, Reducing, RunStatus, Standing, State, Training},
+    state::{
+        Assignment, Behind, Contribution, Evaluating, Phase, Reducing, RunStatus, Standing, State, Training,
+    },
 };
 
 /// How long deadlines wait for sites to come back after the aggregator's restart, in milliseconds.
@@ -122,6 +132,12 @@ impl Run {
         &self.roster.ready
     }
 
+    /// The ready sites that are not at work on an earlier round.
+    fn free_sites(&self) -> BTreeMap<SiteName, u64> {
+        let is_free = |(site, _): &(&SiteName, &u64)| !self.state.behind.contains_key(*site);
+        self.roster.ready.iter().filter(is_free).map(|(site, tokens)| (site.clone(), *tokens)).collect()
+    }
+
     /// The deadline of the phase in progress; none while the run is not active.
     pub fn deadline_ms(&self) -> Option<UnixMs> {
         if self.state.status != RunStatus::Active {
@@ -171,7 +187,7 @@ impl Run {
         let state = &self.state;
         let mut effects = Vec::new();
         let spent_round =
-            if matches!(state.status, RunStatus::Aborted { .. }) { u32::MAX } else { state.version };
+            if matches!(state.status, RunStatus::Aborted { .. }) { u32::MAX } else { state.spent_round() };
         if spent_round > 0 {
             effects.push(Effect::DiscardSpool { round: spent_round });
         }

@@ -81,22 +81,30 @@ fn arrival_time(bits: u64, tokens: u64) -> f64 {
 }
 
 /// The shares of contributions in canonical order.
-pub(super) fn weighted(contributions: &[Contribution], weighting: Weighting) -> Vec<Weighted> {
-    let tokens: Vec<u64> = contributions.iter().map(|one| one.assigned_tokens).collect();
-    let weights = weights(&tokens, weighting).into_iter();
+pub(super) fn weighted(contributions: &[Contribution], plan: &Plan) -> Vec<Weighted> {
+    let parts: Vec<(u64, u32)> = contributions.iter().map(|one| (one.assigned_tokens, one.age)).collect();
+    let weights = weights(&parts, plan).into_iter();
     let weighted = contributions.iter().zip(weights);
     weighted.map(|(one, weight)| Weighted { contribution: one.clone(), weight }).collect()
 }
 
-/// The shares of sites in canonical order: w_i = t_i / sum(t) over the assignments' tokens (McMahan et al.,
-/// arXiv 1602.05629, algorithm 1, with n_k the trained tokens), or 1/n. In f64; the sum of tokens is exact in
-/// u128.
-pub(super) fn weights(assigned_tokens: &[u64], weighting: Weighting) -> Vec<f64> {
-    let sum: u128 = assigned_tokens.iter().copied().map(u128::from).sum();
+/// The shares of deltas, of which each is the tokens of its assignment t_i and its age in rounds a_i, in canonical
+/// order: w_i = t_i s(a_i) / sum(t s(a)) (McMahan et al., arXiv 1602.05629, algorithm 1, with n_k the trained
+/// tokens), or without t. s(a) = (1 + a)^-exponent is the polynomial staleness of Xie et al., arXiv 1903.03934,
+/// section 5.2, which FedBuff (Nguyen et al., arXiv 2106.06639, section 5) takes with 1/2. FedBuff divides by the
+/// number of deltas and not by the sum of s: here an average stays one, however old its parts are. In f64, summed
+/// in canonical order; libm's power is the same on every machine, and 1 for an age of 0.
+pub(super) fn weights(parts: &[(u64, u32)], plan: &Plan) -> Vec<f64> {
+    let tokens_of_all: u128 = parts.iter().map(|(tokens, _)| u128::from(*tokens)).sum();
     #[allow(clippy::cast_precision_loss)]
-    let weight = |tokens: &u64| match weighting {
-        Weighting::Tokens if sum > 0 => *tokens as f64 / sum as f64,
-        Weighting::Tokens | Weighting::Uniform => 1.0 / assigned_tokens.len() as f64,
+    let mass = |(tokens, age): &(u64, u32)| {
+        let staleness = libm::pow(1.0 + f64::from(*age), -plan.staleness_exponent());
+        match plan.weighting() {
+            Weighting::Tokens if tokens_of_all > 0 => *tokens as f64 * staleness,
+            Weighting::Tokens | Weighting::Uniform => staleness,
+        }
     };
-    assigned_tokens.iter().map(weight).collect()
+    let masses: Vec<f64> = parts.iter().map(mass).collect();
+    let sum: f64 = masses.iter().sum();
+    masses.into_iter().map(|mass| mass / sum).collect()
 }

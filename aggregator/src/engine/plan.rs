@@ -50,6 +50,21 @@ impl Plan {
         u64::from(round.saturating_sub(1)) * u64::from(self.local_steps())
     }
 
+    /// Most rounds between the one that a delta was trained for and the one in whose average it counts.
+    pub fn staleness_max(&self) -> u32 {
+        self.spec.participation.staleness_max
+    }
+
+    /// How fast a delta's weight falls with its age.
+    pub fn staleness_exponent(&self) -> f64 {
+        self.spec.participation.staleness_exponent
+    }
+
+    /// The deltas, of whatever age, with which a round of the buffered mode ends; none: rounds are synchronous.
+    pub fn buffer(&self) -> Option<usize> {
+        Some(self.spec.participation.buffer as usize).filter(|deltas| *deltas > 0)
+    }
+
     /// What a contribution counts.
     pub fn weighting(&self) -> Weighting {
         self.spec.outer.weighting
@@ -59,6 +74,9 @@ impl Plan {
     /// takes.
     pub fn deadline_ms(&self, pace: &Pace) -> Option<u64> {
         let participation = &self.spec.participation;
+        if self.buffer().is_some() {
+            return None;
+        }
         let milliseconds = |seconds: u64| seconds.saturating_mul(1000);
         let fixed_ms = Some(participation.deadline_seconds).filter(|seconds| *seconds > 0).map(milliseconds);
         let adaptive_ms = participation.adaptive_deadline.as_ref().and_then(|adaptive| {
@@ -98,6 +116,11 @@ impl Plan {
         self.minimum_clients().max(self.spec.participation.quorum as usize)
     }
 
+    /// Ready sites not at work on an earlier round, without which no synchronous round begins.
+    pub fn free_sites_to_begin(&self) -> usize {
+        if self.buffer().is_some() { 0 } else { self.spec.participation.quorum.max(1) as usize }
+    }
+
     /// How the sites of a round are drawn.
     pub fn sampling(&self) -> Sampling {
         self.spec.participation.sampling
@@ -108,20 +131,29 @@ impl Plan {
         self.spec.participation.over_selection as usize
     }
 
-    /// Deltas that a round waits for, with so many sites `ready`: of all, or so many per round (and at least
-    /// the quorum).
+    /// Deltas that a round waits for, with so many sites ready that are not at work: of all, or so many per round
+    /// (and at least the quorum); the buffer's, where there is one.
     pub fn sites_wanted(&self, ready: usize) -> usize {
         let participation = &self.spec.participation;
+        if let Some(buffer) = self.buffer() {
+            return buffer;
+        }
         match participation.clients_per_round {
             0 => ready,
             clients => ready.min(clients.max(participation.quorum) as usize),
         }
     }
 
+    /// Sites that a round which wants so many deltas puts to work: with a buffer, all.
+    pub fn places(&self, wanted: usize) -> usize {
+        if self.buffer().is_some() { usize::MAX } else { wanted.saturating_add(self.over_selection()) }
+    }
+
     /// Deltas that are waited for of the `selected` sites of an attempt, where the round wants so many: all
     /// but those that were selected beyond need.
     pub fn awaited(&self, selected: usize, wanted: usize) -> usize {
-        if self.over_selection() == 0 { selected } else { selected.min(wanted) }
+        let all_count = self.over_selection() == 0 && self.buffer().is_none();
+        if all_count { selected } else { selected.min(wanted) }
     }
 
     /// Deltas without which a round is not committed. Where the specification leaves the quorum open, it
@@ -129,6 +161,7 @@ impl Plan {
     /// `wanted`, because sites are gone, but the quorum stays at least the minimum of clients.
     pub fn quorum(&self, selected: usize, wanted: usize) -> usize {
         match self.spec.participation.quorum {
+            _ if self.buffer().is_some() => 1,
             0 => self.awaited(selected, wanted).max(self.minimum_clients().min(wanted)),
             quorum => quorum as usize,
         }

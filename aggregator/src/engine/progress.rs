@@ -8,7 +8,7 @@ use std::{
 use consort_common::{ids::SiteName, units::UnixMs};
 
 use super::{
-    Assignment, Contribution, Evaluating, Phase, Reducing, Run, RunStatus, Standing, State, Training,
+    Assignment, Behind, Contribution, Evaluating, Phase, Reducing, Run, RunStatus, Standing, State, Training,
     participation::{Draw, select},
     step::Turn,
     words,
@@ -52,14 +52,17 @@ impl Turn<'_> {
     }
 
     fn try_begin(&mut self) -> bool {
-        let ready = &self.run.roster.ready;
-        if ready.len() < self.plan.sites_to_begin() {
+        if self.run.roster.ready.len() < self.plan.sites_to_begin() {
             return false;
         }
+        if self.run.free_sites().len() < self.plan.free_sites_to_begin() {
+            self.give_up(|_| true);
+        }
+        let free = self.run.free_sites();
         let round = self.run.state.version.saturating_add(1);
         let draw = Draw::new(self.plan, round, 1);
-        let wanted = self.plan.sites_wanted(ready.len());
-        let chosen = select(draw, ready, wanted.saturating_add(self.plan.over_selection()));
+        let wanted = self.plan.sites_wanted(free.len());
+        let chosen = select(draw, &free, self.plan.places(wanted));
         self.say(format!("round {round} began with {}", words::names(&chosen)));
         self.run.state.phase = Phase::Training(Training {
             round,
@@ -77,7 +80,16 @@ impl Turn<'_> {
     fn try_end_training(&mut self) -> bool {
         let overdue = self.run.deadline_ms().is_some_and(|deadline_ms| deadline_ms <= self.now);
         let deadline_ms = self.deadline_from_now();
+        let in_hand = self.run.state.in_hand(self.plan);
         let Phase::Training(training) = &mut self.run.state.phase else { return false };
+        if let Some(buffer) = self.plan.buffer() {
+            if in_hand >= buffer {
+                self.end_training();
+            } else {
+                self.fill_places(false);
+            }
+            return in_hand >= buffer;
+        }
         let delivered = training.contributions().count();
         let quorum = self.plan.quorum(training.selected(), training.wanted);
         let all_in = training.working().next().is_none();
@@ -90,6 +102,7 @@ impl Turn<'_> {
         if overdue {
             training.deadline_ms = deadline_ms;
             self.changed = true;
+            self.give_up(|_| true);
             self.replace(|_, _| true);
             return true;
         }
@@ -117,15 +130,15 @@ impl Turn<'_> {
 
     /// Puts ready sites to work in the places that are free: those not tried in this round first.
     fn fill_places(&mut self, is_new_attempt: bool) {
+        let free = self.run.free_sites();
         let Phase::Training(training) = &mut self.run.state.phase else { return };
-        let places = (training.wanted + self.plan.over_selection()).saturating_sub(training.selected());
+        let places = self.plan.places(training.wanted).saturating_sub(training.selected());
         if places == 0 {
             return;
         }
-        let ready = &self.run.roster.ready;
         let ready_with = |wanted: Option<&Standing>| -> BTreeMap<SiteName, u64> {
             let has = |(site, _): &(&SiteName, &u64)| training.sites.get(*site) == wanted;
-            ready.iter().filter(has).map(|(site, tokens)| (site.clone(), *tokens)).collect()
+            free.iter().filter(has).map(|(site, tokens)| (site.clone(), *tokens)).collect()
         };
         let (fresh, tried) = (ready_with(None), ready_with(Some(&Standing::Replaced)));
         if fresh.is_empty() && tried.is_empty() {
@@ -160,22 +173,41 @@ impl Turn<'_> {
         self.plan.deadline_ms(&self.run.state.pace).map(|ms| self.now.saturating_add(ms))
     }
 
+    /// Gives up the late deltas of the sites that are behind by what `is_lost` says: they may be put to work anew.
+    fn give_up(&mut self, is_lost: impl Fn(&Behind) -> bool) {
+        let lost: Vec<SiteName> =
+            self.run.state.behind.extract_if(.., |_, behind| is_lost(behind)).map(|(site, _)| site).collect();
+        if !lost.is_empty() {
+            self.say(format!("late deltas are not waited for any longer: {}", words::names(&lost)));
+        }
+    }
+
+    /// The round's deltas, and those of earlier rounds that have come meanwhile. Who did not deliver is behind from
+    /// now on, unless its delta would be too old for the next average, or there is none.
     fn end_training(&mut self) {
-        let Phase::Training(training) = &mut self.run.state.phase else { return };
+        let State { phase: Phase::Training(training), pace, behind, late, .. } = &mut self.run.state else {
+            return;
+        };
         if self.plan.has_adaptive_deadline() {
-            self.run.state.pace.record_durations(training, self.now);
+            pace.record_durations(training, self.now);
         }
         if self.plan.minimum_steps().is_some() {
-            self.run.state.pace.record_speeds(training.contributions());
+            pace.record_speeds(late.iter().chain(training.contributions()));
         }
-        // A BTreeMap by site name: the canonical order.
-        let contributions: Vec<Contribution> = mem::take(&mut training.sites)
-            .into_values()
-            .filter_map(|standing| match standing {
-                Standing::Delivered(contribution) => Some(contribution),
-                Standing::Working | Standing::Replaced => None,
-            })
-            .collect();
+        let round = training.round;
+        let takes_late = self.plan.staleness_max() > 0 && round < self.plan.rounds();
+        let mut contributions = mem::take(late);
+        for (site, standing) in mem::take(&mut training.sites) {
+            match standing {
+                Standing::Delivered(contribution) => contributions.push(contribution),
+                Standing::Working | Standing::Replaced if takes_late => {
+                    let steps = training.steps(&site, self.plan);
+                    behind.insert(site, Behind { round, steps });
+                }
+                Standing::Working | Standing::Replaced => {}
+            }
+        }
+        contributions.sort_by(|a, b| (&a.site, b.age).cmp(&(&b.site, a.age)));
         let reducing = Reducing {
             round: training.round,
             attempts: training.attempt,
@@ -187,6 +219,8 @@ impl Turn<'_> {
         self.effects.push(reducing.effect(self.plan));
         self.run.state.phase = Phase::Reducing(reducing);
         self.changed = true;
+        let age_max = self.plan.staleness_max();
+        self.give_up(|behind| !takes_late || round.saturating_add(1) - behind.round > age_max);
     }
 
     fn retry_reduction(&mut self) {

@@ -8,7 +8,7 @@ use std::{
 use consort_common::{ids::SiteName, units::UnixMs};
 use serde::{Deserialize, Serialize};
 
-use super::{Effect, Pace, Plan, event::ContributionFacts, participation};
+use super::{Effect, Pace, Plan, Rejection, event::ContributionFacts, participation};
 
 /// Versions, newest first, whose evaluations are still taken. Sites measure a version while it is the
 /// newest, or at most a round later; remembering who reported each version ever would make the state grow.
@@ -35,6 +35,22 @@ pub struct State {
     /// The sites' pace in earlier rounds.
     #[serde(default)]
     pub pace: Pace,
+    /// Sites that are still at work on a round that is over, and whose deltas are taken all the same. Each is at
+    /// most [`Plan::staleness_max`] rounds behind the round in whose average its delta would count.
+    #[serde(default)]
+    pub behind: BTreeMap<SiteName, Behind>,
+    /// Deltas of such sites that count in the next average to come: that of the round [`State::filling`].
+    #[serde(default)]
+    pub late: Vec<Contribution>,
+}
+
+/// What a site that is behind works on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Behind {
+    /// The round of its assignment.
+    pub round: u32,
+    /// Local steps to take.
+    pub steps: u32,
 }
 
 /// Whether a run is to make progress.
@@ -169,12 +185,22 @@ pub enum Standing {
 pub struct Contribution {
     /// Whose.
     pub site: SiteName,
+    /// Rounds between the one that it was trained for and the one in whose average it counts; 0: the same.
+    #[serde(default)]
+    pub age: u32,
     /// Tokens of its assignment: what it is weighted by.
     pub assigned_tokens: u64,
     /// When it was accepted.
     pub accepted_ms: UnixMs,
     /// What the site and the upload said.
     pub facts: ContributionFacts,
+}
+
+impl Contribution {
+    /// The round that it was trained for, where it counts in the average of `filled`.
+    pub fn round(&self, filled: u32) -> u32 {
+        filled.saturating_sub(self.age)
+    }
 }
 
 /// A round whose deltas are being averaged.
@@ -186,7 +212,7 @@ pub struct Reducing {
     pub attempts: u32,
     /// When the first attempt began.
     pub started_ms: UnixMs,
-    /// What is averaged, in canonical order: by site name.
+    /// What is averaged, in canonical order: by site name, then the oldest first.
     pub contributions: Vec<Contribution>,
     /// Times that the reduction failed.
     pub failures: u32,
@@ -197,7 +223,7 @@ pub struct Reducing {
 impl Reducing {
     /// The effect that performs the reduction.
     pub(super) fn effect(&self, plan: &Plan) -> Effect {
-        let contributions = participation::weighted(&self.contributions, plan.weighting());
+        let contributions = participation::weighted(&self.contributions, plan);
         Effect::Reduce { round: self.round, contributions }
     }
 }
@@ -223,6 +249,8 @@ impl State {
             evaluated: BTreeMap::new(),
             unpublished: BTreeSet::new(),
             pace: Pace::default(),
+            behind: BTreeMap::new(),
+            late: Vec::new(),
         }
     }
 
@@ -236,9 +264,80 @@ impl State {
         }
     }
 
+    /// The round in whose average a delta counts that is accepted now.
+    pub fn filling(&self) -> u32 {
+        match &self.phase {
+            Phase::Reducing(reducing) => reducing.round.saturating_add(1),
+            _ => self.round(),
+        }
+    }
+
+    /// Deltas that the round in progress has: in the buffered mode also those of earlier rounds.
+    pub fn in_hand(&self, plan: &Plan) -> usize {
+        let Phase::Training(training) = &self.phase else { return 0 };
+        let late = if plan.buffer().is_some() { self.late.len() } else { 0 };
+        training.contributions().count() + late
+    }
+
+    /// The delta of `site` for `round` that was accepted and is not averaged yet.
+    pub fn accepted(&self, site: &SiteName, round: u32) -> Option<&Contribution> {
+        let is_it = |filled: u32| move |one: &&Contribution| one.site == *site && one.round(filled) == round;
+        let in_phase = match &self.phase {
+            Phase::Training(training) if training.round == round => match training.sites.get(site) {
+                Some(Standing::Delivered(contribution)) => Some(contribution),
+                _ => None,
+            },
+            Phase::Reducing(reducing) => reducing.contributions.iter().find(is_it(reducing.round)),
+            _ => None,
+        };
+        in_phase.or_else(|| self.late.iter().find(is_it(self.filling())))
+    }
+
+    /// Local steps that `site`, whose delta for `round` is not accepted yet, is to take for it.
+    ///
+    /// # Errors
+    /// Why the round takes no delta of it.
+    pub fn assigned_steps(&self, plan: &Plan, site: &SiteName, round: u32) -> Result<u32, Rejection> {
+        if let Some(behind) = self.behind.get(site).filter(|behind| behind.round == round) {
+            return Ok(behind.steps);
+        }
+        let not_assigned = || Rejection::NotAssigned { site: site.clone(), round };
+        match &self.phase {
+            Phase::Training(training) if training.round == round => {
+                let is_selected = training.sites.contains_key(site);
+                is_selected.then(|| training.steps(site, plan)).ok_or_else(not_assigned)
+            }
+            Phase::Waiting if self.round() == round => Err(not_assigned()),
+            _ => Err(Rejection::RoundOver { round, current: self.round() }),
+        }
+    }
+
+    /// The last round of whose deltas none is read any more.
+    pub fn spent_round(&self) -> u32 {
+        let reducing = match &self.phase {
+            Phase::Reducing(reducing) => reducing.contributions.as_slice(),
+            _ => &[],
+        };
+        let reduced = reducing.iter().map(|one| one.round(self.round()));
+        let late = self.late.iter().map(|one| one.round(self.filling()));
+        let behind = self.behind.values().map(|behind| behind.round);
+        let needed = reduced.chain(late).chain(behind).map(|round| round.saturating_sub(1));
+        needed.fold(self.version, u32::min)
+    }
+
+    /// The versions that the sites that are behind train from.
+    pub fn bases(&self) -> BTreeSet<u32> {
+        self.behind.values().map(|behind| behind.round.saturating_sub(1)).collect()
+    }
+
     /// Whose deltas the round in progress averages, and their shares, in canonical order: while sites train,
-    /// if all deliver that are waited for and no other; nothing while nobody can tell whose they will be.
+    /// if all deliver that are waited for and no other; nothing while nobody can tell whose they will be, which
+    /// deltas of earlier rounds see to.
     pub fn expected(&self, plan: &Plan) -> Vec<(SiteName, f64)> {
+        let is_open = matches!(self.phase, Phase::Training(_));
+        if is_open && (plan.buffer().is_some() || !self.behind.is_empty() || !self.late.is_empty()) {
+            return Vec::new();
+        }
         let (sites, tokens): (Vec<_>, Vec<_>) = match &self.phase {
             Phase::Training(training)
                 if training.selected() > plan.awaited(training.selected(), training.wanted) =>
@@ -253,13 +352,17 @@ impl State {
                 };
                 training.sites.iter().filter_map(assigned).unzip()
             }
+            Phase::Reducing(reducing) if reducing.contributions.iter().any(|one| one.age > 0) => {
+                return Vec::new();
+            }
             Phase::Reducing(reducing) => {
                 let assigned = |one: &Contribution| (one.site.clone(), one.assigned_tokens);
                 reducing.contributions.iter().map(assigned).unzip()
             }
             Phase::Waiting | Phase::Evaluating(_) | Phase::Done => return Vec::new(),
         };
-        sites.into_iter().zip(participation::weights(&tokens, plan.weighting())).collect()
+        let tokens: Vec<(u64, u32)> = tokens.into_iter().map(|tokens| (tokens, 0)).collect();
+        sites.into_iter().zip(participation::weights(&tokens, plan)).collect()
     }
 
     /// Whether `site` has reported its held-out loss of `version`.

@@ -163,6 +163,8 @@ impl Turn<'_> {
         let reason = shortened(reason);
         state.status = RunStatus::Aborted { reason: reason.clone() };
         state.phase = Phase::Done;
+        state.behind.clear();
+        state.late.clear();
         self.effects.push(Effect::DiscardSpool { round });
         self.say(format!("the run was aborted: {reason}"));
         Ok(())
@@ -187,38 +189,31 @@ impl Turn<'_> {
         if state.status == RunStatus::Created || state.status.is_over() {
             return Err(Rejection::NotRunning { status: state.status.clone() });
         }
-        let current = state.round();
-        let over = Rejection::RoundOver { round, current };
-        if round != current {
-            return Err(over);
+        if let Some(first) = state.accepted(&site, round) {
+            self.effects.push(again(first, round, &facts)?);
+            return Ok(());
         }
-        let training = match &mut state.phase {
-            Phase::Training(training) => training,
-            Phase::Reducing(reducing) => {
-                let first = reducing.contributions.iter().find(|one| one.site == site).ok_or(over)?;
-                self.effects.push(again(first, round, &facts)?);
-                return Ok(());
-            }
-            Phase::Waiting => return Err(Rejection::NotAssigned { site, round }),
-            Phase::Evaluating(_) | Phase::Done => return Err(over),
-        };
-        let steps = training.steps(&site, self.plan);
-        let standing = match training.sites.get_mut(&site) {
-            None => return Err(Rejection::NotAssigned { site, round }),
-            Some(Standing::Delivered(first)) => {
-                self.effects.push(again(first, round, &facts)?);
-                return Ok(());
-            }
-            Some(standing) => standing,
-        };
+        let steps = state.assigned_steps(self.plan, &site, round)?;
         check_facts(&facts, steps, self.plan)?;
-        let assigned_tokens = self.plan.tokens(steps);
-        let contribution = Contribution { site: site.clone(), assigned_tokens, accepted_ms: self.now, facts };
-        let late = *standing == Standing::Replaced;
-        *standing = Standing::Delivered(contribution.clone());
-        let (count, goal) = (training.contributions().count(), training.goal(self.plan));
-        self.effects.push(Effect::RecordContribution { round, contribution });
-        let late = if late { " late" } else { "" };
+        let filling = state.filling();
+        let contribution = Contribution {
+            site: site.clone(),
+            age: filling.saturating_sub(round),
+            assigned_tokens: self.plan.tokens(steps),
+            accepted_ms: self.now,
+            facts,
+        };
+        self.effects.push(Effect::RecordContribution { round, contribution: contribution.clone() });
+        if state.behind.remove(&site).is_some() {
+            state.late.push(contribution);
+            self.say(format!("{site} delivered late for round {round}; its delta counts in round {filling}"));
+            return Ok(());
+        }
+        let Phase::Training(training) = &mut state.phase else { return Ok(()) };
+        let before = training.sites.insert(site.clone(), Standing::Delivered(contribution));
+        let late = if before == Some(Standing::Replaced) { " late" } else { "" };
+        let goal = training.goal(self.plan);
+        let count = state.in_hand(self.plan);
         self.say(format!("{site} delivered{late} for round {round} ({count} of {goal})"));
         Ok(())
     }
@@ -271,7 +266,7 @@ impl Turn<'_> {
             started_ms: reducing.started_ms,
             committed_ms: self.now,
             first_step: state.cumulative_step,
-            contributions: weighted(&contributions, self.plan.weighting()),
+            contributions: weighted(&contributions, self.plan),
             reduced: facts,
         };
         state.version = round;
@@ -282,11 +277,17 @@ impl Turn<'_> {
             self.begin_evaluating(contributions);
         }
         let loss = record.train_loss();
+        let stale = record.contributions.iter().filter(|one| one.contribution.age > 0).count();
+        let late = if stale == 0 { String::new() } else { format!(" ({stale} late)") };
+        let deltas = if stale == 0 && self.plan.buffer().is_none() {
+            words::count(contributors, "site", "sites")
+        } else {
+            words::count(contributors, "delta", "deltas")
+        };
         self.effects.push(Effect::Commit(record));
-        self.effects.push(Effect::DiscardSpool { round });
+        self.effects.push(Effect::DiscardSpool { round: self.run.state.spent_round() });
         self.publish(round);
-        let sites = words::count(contributors, "site", "sites");
-        self.say(format!("round {round} is committed: {sites}, training loss {loss:.4}"));
+        self.say(format!("round {round} is committed: {deltas}{late}, training loss {loss:.4}"));
         Ok(())
     }
 

@@ -1,5 +1,6 @@
 //! Each rule of the engine as a sentence. [`World`] is one run with a clock that tests move by hand.
 
+mod late;
 mod pace;
 mod selection;
 
@@ -284,16 +285,23 @@ fn contributions_are_reduced_in_canonical_order_with_weights_that_sum_to_one() {
 fn weights_follow_the_tokens_of_the_assignments_and_not_the_reported_ones() {
     let contribution = |name: &str, assigned_tokens| Contribution {
         site: site(name),
+        age: 0,
         assigned_tokens,
         accepted_ms: 0,
         facts: facts(&site(name), 1),
     };
     let contributions = [contribution("a", 100), contribution("b", 300)];
-    let weights =
-        |weighting| weighted(&contributions, weighting).iter().map(|one| one.weight).collect::<Vec<_>>();
+    let plan = |weighting| {
+        let mut spec = spec();
+        spec.outer.weighting = weighting;
+        Plan::new(&spec)
+    };
+    let weights = |weighting| -> Vec<f64> {
+        weighted(&contributions, &plan(weighting)).iter().map(|one| one.weight).collect()
+    };
     assert_eq!(weights(Weighting::Tokens), [0.25, 0.75]);
     assert_eq!(weights(Weighting::Uniform), [0.5, 0.5]);
-    assert_eq!(weighted(&[contribution("a", 0)], Weighting::Tokens)[0].weight, 1.0);
+    assert_eq!(weighted(&[contribution("a", 0)], &plan(Weighting::Tokens))[0].weight, 1.0);
 }
 
 #[test]

@@ -30,10 +30,9 @@ impl Run {
     }
 
     fn deltas(&self, plan: &Plan, training: &Training, now: UnixMs) -> String {
-        let delivered = training.contributions().count();
-        let mut remarks = vec![format!("{delivered} of {} in", training.goal(plan))];
+        let mut remarks = vec![format!("{} of {} in", self.state.in_hand(plan), training.goal(plan))];
         let missing = training.wanted.saturating_sub(training.selected());
-        if missing > 0 {
+        if missing > 0 && plan.buffer().is_none() {
             remarks.push(format!("{} to join", count(missing, "more site", "more sites")));
         }
         let away: Vec<&SiteName> =
@@ -46,6 +45,9 @@ impl Run {
         }
         if let Some(deadline_ms) = self.deadline_ms() {
             remarks.push(format!("deadline in {}", duration_ms(deadline_ms.saturating_sub(now))));
+        }
+        if !self.state.behind.is_empty() {
+            remarks.push(format!("at work on an earlier round: {}", names(self.state.behind.keys())));
         }
         let remarks = remarks.join("; ");
         if training.working().next().is_none() {

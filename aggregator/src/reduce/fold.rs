@@ -248,8 +248,8 @@ fn check(shares: &[Share], base: &ModelVersion) -> Result<(), ReduceError> {
     };
     for Share { delta, weight } in shares {
         let key = delta.key();
-        if key.run != *base.run() || key.round != round {
-            return unfit(key, "is not for this round".to_owned());
+        if key.run != *base.run() || !(1..=round).contains(&key.round) {
+            return unfit(key, "is not for this round or one before".to_owned());
         }
         if delta.layout() != DeltaLayout::new(base.plan(), delta.layout().encoding()) {
             return unfit(key, "is not cut as the model is".to_owned());
@@ -258,7 +258,8 @@ fn check(shares: &[Share], base: &ModelVersion) -> Result<(), ReduceError> {
             return unfit(key, format!("has the weight {weight}, which must be finite and above 0"));
         }
     }
-    match shares.windows(2).find(|pair| pair[0].delta.key().site == pair[1].delta.key().site) {
+    let trained = |share: &Share| (share.delta.key().site.clone(), share.delta.key().round);
+    match shares.windows(2).find(|pair| trained(&pair[0]) == trained(&pair[1])) {
         Some(pair) => unfit(pair[1].delta.key(), "is there twice".to_owned()),
         None => Ok(()),
     }

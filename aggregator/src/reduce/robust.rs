@@ -80,8 +80,15 @@ impl Judgement {
 }
 
 fn treatment(share: &Share) -> Treatment {
-    let site = share.delta.key().site.clone();
-    Treatment { site, weight: share.weight, norm: None, clip: None, selected: None }
+    let ContributionKey { site, round, .. } = share.delta.key();
+    Treatment {
+        site: site.clone(),
+        round: *round,
+        weight: share.weight,
+        norm: None,
+        clip: None,
+        selected: None,
+    }
 }
 
 fn clipped(shares: &[Share], total_weight: f64, factor: f64, survey: &Survey) -> Judgement {

@@ -3,6 +3,7 @@
 use consort_common::{
     codec::Encoding,
     ids::{Digest, RunName, SiteName},
+    spec::STALENESS_MAX,
     units::UnixMs,
 };
 use sqlx::{SqliteConnection, sqlite::SqliteRow};
@@ -20,9 +21,11 @@ pub struct ContributionRow {
     pub site: SiteName,
     /// For which run. The run of the call that records it.
     pub run: RunName,
-    /// For which round.
+    /// For which round it was trained.
     pub round: u32,
-    /// Share of the average, 0 to 1; none while the round is open or if it was not reduced.
+    /// How many rounds later than that it counts.
+    pub age: u32,
+    /// Share of the average, 0 to 1; none while the round is open or if it was not averaged.
     pub weight: Option<f64>,
     /// Tokens trained.
     pub tokens: u64,
@@ -52,14 +55,20 @@ pub struct ContributionRow {
 }
 
 impl Store {
-    /// The deltas accepted for a round, by site.
+    /// The deltas accepted for the average of a round, by site and round: they may have been trained for earlier
+    /// rounds.
     pub async fn contributions(&self, run: &RunName, round: u32) -> Result<Vec<ContributionRow>, StoreError> {
-        let rows = sqlx::query("SELECT * FROM contributions WHERE run = $1 AND round = $2 ORDER BY site")
-            .bind(run.as_str())
-            .bind(i64::from(round))
-            .fetch_all(&self.readers)
-            .await
-            .map_err(StoreError::of("list a round's contributions"))?;
+        // The first condition on the round finds the rows by the table's key.
+        let rows = sqlx::query(
+            "SELECT * FROM contributions WHERE run = $1 AND round BETWEEN $2 - $3 AND $2 AND round + age = $2 \
+             ORDER BY site, round",
+        )
+        .bind(run.as_str())
+        .bind(i64::from(round))
+        .bind(i64::from(STALENESS_MAX))
+        .fetch_all(&self.readers)
+        .await
+        .map_err(StoreError::of("list a round's contributions"))?;
         rows.iter().map(contribution_row).collect()
     }
 
@@ -89,11 +98,12 @@ pub(super) async fn insert_contribution(
 ) -> Result<(), StoreError> {
     sqlx::query(
         "INSERT INTO contributions (run, round, site, weight, tokens, steps, train_loss, train_seconds, delta_norm, \
-         bytes, encoding, delta_digest, accepted_ms) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) \
+         bytes, encoding, delta_digest, accepted_ms, age) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) \
          ON CONFLICT (run, round, site) DO UPDATE SET weight = excluded.weight, tokens = excluded.tokens, \
          steps = excluded.steps, train_loss = excluded.train_loss, train_seconds = excluded.train_seconds, \
          delta_norm = excluded.delta_norm, bytes = excluded.bytes, encoding = excluded.encoding, delta_digest = excluded.delta_digest, \
-         accepted_ms = excluded.accepted_ms",
+         accepted_ms = excluded.accepted_ms, age = excluded.age",
     )
     .bind(run.as_str())
     .bind(i64::from(row.round))
@@ -108,6 +118,7 @@ pub(super) async fn insert_contribution(
     .bind(row.encoding.name())
     .bind(row.delta_digest.to_string())
     .bind(count("contributions.accepted_ms", row.accepted_ms)?)
+    .bind(i64::from(row.age))
     .execute(connection)
     .await
     .map_err(StoreError::of("record a contribution"))?;
@@ -118,17 +129,16 @@ pub(super) async fn insert_contribution(
 pub(super) async fn set_treatment(
     connection: &mut SqliteConnection,
     run: &RunName,
-    round: u32,
     treatment: &Treatment,
 ) -> Result<(), StoreError> {
-    let Treatment { site, weight, norm, clip, selected } = treatment;
+    let Treatment { site, round, weight, norm, clip, selected } = treatment;
     let optional = |column, value: Option<f64>| value.map(|value| finite(column, value)).transpose();
     let updated = sqlx::query(
         "UPDATE contributions SET weight = $4, measured_norm = $5, clip = $6, selected = $7 \
          WHERE run = $1 AND round = $2 AND site = $3",
     )
     .bind(run.as_str())
-    .bind(i64::from(round))
+    .bind(i64::from(*round))
     .bind(site.as_str())
     .bind(finite("contributions.weight", *weight)?)
     .bind(optional("contributions.measured_norm", *norm)?)
@@ -140,7 +150,7 @@ pub(super) async fn set_treatment(
     if updated.rows_affected() == 1 {
         Ok(())
     } else {
-        Err(StoreError::NoContribution { run: run.clone(), round, site: site.clone() })
+        Err(StoreError::NoContribution { run: run.clone(), round: *round, site: site.clone() })
     }
 }
 
@@ -150,6 +160,7 @@ fn contribution_row(row: &SqliteRow) -> Result<ContributionRow, StoreError> {
         site: row.parsed("site")?,
         run: row.parsed("run")?,
         round: row.count("round")?,
+        age: row.count("age")?,
         weight: row.optional_float("weight")?,
         tokens: row.count("tokens")?,
         steps: row.count("steps")?,

@@ -98,8 +98,12 @@ pub fn mean_loss<'a>(evaluations: impl IntoIterator<Item = &'a EvaluationRow>) -
     (tokens > 0.0).then_some(sum / tokens)
 }
 
+/// 64 is [`consort_common::spec::STALENESS_MAX`], with which the rows are found by their table's key.
 const SELECT_ROUND: &str = "SELECT rounds.*, (SELECT COUNT(*) FROM contributions WHERE contributions.run = rounds.run \
-    AND contributions.round = rounds.round AND contributions.weight IS NOT NULL) AS contributors FROM rounds";
+    AND contributions.round BETWEEN rounds.round - 64 AND rounds.round \
+    AND contributions.round + contributions.age = rounds.round AND contributions.weight IS NOT NULL) \
+    AS contributors FROM rounds";
+const _: () = assert!(consort_common::spec::STALENESS_MAX == 64);
 
 impl Store {
     /// The run's committed rounds, ascending.
@@ -190,7 +194,7 @@ pub(super) async fn commit_round(
     insert_round(connection, run, row).await?;
     insert_tensors(connection, run, row.round, &commit.tensors).await?;
     for treatment in &commit.treatments {
-        contributions::set_treatment(connection, run, row.round, treatment).await?;
+        contributions::set_treatment(connection, run, treatment).await?;
     }
     Ok(())
 }

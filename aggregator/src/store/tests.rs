@@ -55,6 +55,7 @@ fn contribution(round: u32, from: &str) -> ContributionRow {
         site: site(from),
         run: pilot(),
         round,
+        age: 0,
         weight: None,
         tokens: 1 << 40,
         steps: 500,
@@ -104,6 +105,7 @@ fn tensors() -> Vec<TensorNorms> {
 fn commit_of(round: u32, weights: &[(&str, f64)]) -> Record {
     let treatment = |(from, weight): &(&str, f64)| Treatment {
         site: site(from),
+        round,
         weight: *weight,
         norm: Some(2.0 * weight),
         clip: None,
@@ -223,6 +225,29 @@ async fn a_step_is_stored_with_all_its_records() {
 
     fixture.save("third", &[Record::CheckpointRetired(1)]).await.unwrap();
     assert!(fixture.store.checkpoints(&pilot()).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_late_delta_is_listed_with_the_round_in_which_it_counts() {
+    let fixture = fixture().await;
+    let late = ContributionRow { age: 2, ..contribution(1, "north") };
+    let [first, second, third] = [1, 2, 3].map(|round| contribution(round, "south"));
+    let fresh = contribution(3, "north");
+    let all = [&late, &first, &second, &third, &fresh].map(|row| Record::Contribution(row.clone()));
+    fixture.save("delivered", &all).await.unwrap();
+    for round in [1, 2] {
+        fixture.save("committed", &[commit_of(round, &[("south", 1.0)])]).await.unwrap();
+    }
+    let weights = vec![(1, site("north"), 0.25), (3, site("north"), 0.25), (3, site("south"), 0.5)];
+    let commit = Record::Round(RoundCommit { row: round_row(3), weights });
+    fixture.save("committed", &[commit]).await.unwrap();
+    let counted: Vec<u32> =
+        fixture.store.rounds(&pilot()).await.unwrap().iter().map(|row| row.contributors).collect();
+    assert_eq!(counted, [1, 1, 3]);
+    let weighted = |row: ContributionRow, weight| ContributionRow { weight: Some(weight), ..row };
+    let expected = [weighted(late, 0.25), weighted(fresh, 0.25), weighted(third, 0.5)];
+    assert_eq!(fixture.store.contributions(&pilot(), 3).await.unwrap(), expected);
+    assert_eq!(fixture.store.contributions(&pilot(), 1).await.unwrap(), [weighted(first, 1.0)]);
 }
 
 /// Saves a step whose last record cannot be stored: nothing of it may remain.

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::{
     aggregation::Aggregation,
+    rules::STALENESS_MAX,
     start::StartingPoint,
     validate::{Problem, SpecError},
 };
@@ -416,6 +417,15 @@ pub struct ParticipationSpec {
     pub quorum: u32,
     /// Seconds until a round ends with its quorum, or selects anew without it; 0: no deadline.
     pub deadline_seconds: u64,
+    /// Most rounds between the one that a delta was trained for and the one in whose average it counts; 0: what
+    /// comes after its round is dropped. At most [`STALENESS_MAX`].
+    pub staleness_max: u32,
+    /// A delta of age a weighs (1 + a)^-exponent as much as one that is not late (Xie et al., arXiv 1903.03934,
+    /// section 5.2).
+    pub staleness_exponent: f64,
+    /// Deltas, of whatever age, with which a round ends in the buffered mode, where every ready site is at work
+    /// (FedBuff, Nguyen et al., arXiv 2106.06639); 0: rounds are synchronous.
+    pub buffer: u32,
     /// A deadline that follows the sites' pace; where both are there, the earlier one holds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adaptive_deadline: Option<AdaptiveDeadline>,
@@ -431,6 +441,9 @@ impl Default for ParticipationSpec {
             minimum_steps: 0,
             quorum: 0,
             deadline_seconds: 0,
+            staleness_max: 0,
+            staleness_exponent: 0.5,
+            buffer: 0,
             adaptive_deadline: None,
         }
     }

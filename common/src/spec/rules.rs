@@ -23,9 +23,12 @@ pub const CHUNKS_MAX: u64 = 1 << 17;
 pub const CLIENTS_MAX: u32 = 4_096;
 /// Longest deadline of a round: 90 days.
 pub const DEADLINE_SECONDS_MAX: u64 = 90 * 24 * 3600;
+/// Most rounds that a delta may be late: as many versions of the model the aggregator may have to keep.
+pub const STALENESS_MAX: u32 = 64;
 /// Most tokens that one site trains in a whole run. Sums over [`CLIENTS_MAX`] sites still fit 64 bits.
 pub const TOKENS_PER_SITE_MAX: u64 = 1_000_000_000_000_000;
 const DEVIATIONS_MAX: f64 = 1000.0;
+const STALENESS_EXPONENT_MAX: f64 = 100.0;
 const LOCAL_STEPS_MAX: u32 = 1_000_000;
 const BATCH_SIZE_MAX: u32 = 1 << 16;
 const EVALUATION_TOKENS_MAX: u64 = 1_000_000_000_000;
@@ -327,7 +330,20 @@ fn participation(rules: &mut Rules<'_>, participation: &ParticipationSpec, local
         quorum,
         deadline_seconds,
         ref adaptive_deadline,
+        staleness_max,
+        staleness_exponent,
+        buffer,
     } = *participation;
+    let is_known = staleness_max <= STALENESS_MAX;
+    rules.check(&["participation.staleness_max"], is_known, || {
+        format!("is {staleness_max}; allowed: 0 (late deltas are dropped) to {STALENESS_MAX}")
+    });
+    let path = "participation.staleness_exponent";
+    let holds = (0.0..=STALENESS_EXPONENT_MAX).contains(&staleness_exponent);
+    rules.number(path, staleness_exponent, holds, "0 to 100");
+    if buffer > 0 {
+        buffered(rules, participation);
+    }
     rules.check(&["participation.minimum_clients"], (1..=CLIENTS_MAX).contains(&minimum_clients), || {
         format!("is {minimum_clients}; allowed: 1 to {CLIENTS_MAX}")
     });
@@ -376,6 +392,34 @@ fn participation(rules: &mut Rules<'_>, participation: &ParticipationSpec, local
             format!("is {minimum_seconds}; allowed: 1 to {most}{named}")
         });
     }
+}
+
+/// What a buffer excludes, because its rounds end in one way only, and what it needs.
+fn buffered(rules: &mut Rules<'_>, participation: &ParticipationSpec) {
+    let ParticipationSpec { minimum_clients, buffer, staleness_max, .. } = *participation;
+    let paths = ["participation.buffer", "participation.minimum_clients"];
+    rules.check(&paths, buffer <= minimum_clients, || {
+        format!("is {buffer}; allowed: 0 (rounds are synchronous) to participation.minimum_clients = {minimum_clients}, with which it can fill")
+    });
+    rules.check(&["participation.staleness_max", "participation.buffer"], staleness_max > 0, || {
+        format!("is 0, with which only the fastest sites would count in a buffer; allowed with participation.buffer = {buffer}: 1 to {STALENESS_MAX}")
+    });
+    let others = [
+        ("clients_per_round", u64::from(participation.clients_per_round)),
+        ("over_selection", u64::from(participation.over_selection)),
+        ("quorum", u64::from(participation.quorum)),
+        ("deadline_seconds", participation.deadline_seconds),
+    ];
+    for (key, value) in others {
+        let path = format!("participation.{key}");
+        rules.check(&[&path, "participation.buffer"], value == 0, || {
+            format!("is {value}; allowed with participation.buffer = {buffer}, which alone ends a round: 0")
+        });
+    }
+    let path = "participation.adaptive_deadline";
+    rules.check(&[path, "participation.buffer"], participation.adaptive_deadline.is_none(), || {
+        format!("is there; not allowed with participation.buffer = {buffer}, which alone ends a round")
+    });
 }
 
 fn evaluation(rules: &mut Rules<'_>, evaluation: &EvaluationSpec) {

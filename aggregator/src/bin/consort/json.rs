@@ -118,6 +118,7 @@ fn contribution(contribution: &v1::Contribution) -> Value {
     json!({
         "site": contribution.site,
         "weight": contribution.weight,
+        "age": contribution.age,
         "tokens": contribution.tokens,
         "steps": contribution.steps,
         "train_loss": contribution.train_loss,

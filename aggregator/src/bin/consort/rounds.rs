@@ -163,6 +163,7 @@ fn contribution_lines(contributions: &[v1::Contribution], output: &Output) -> Ve
     let mut table = Table::new([
         Column::name("SITE"),
         Column::number("WEIGHT"),
+        Column::number("AGE"),
         Column::number("TOKENS"),
         Column::number("STEPS"),
         Column::number("TRAIN LOSS"),
@@ -174,6 +175,7 @@ fn contribution_lines(contributions: &[v1::Contribution], output: &Output) -> Ve
         table.row([
             contribution.site.clone(),
             format!("{:.6}", contribution.weight),
+            contribution.age.to_string(),
             contribution.tokens.to_string(),
             contribution.steps.to_string(),
             words::loss(contribution.train_loss),

@@ -291,7 +291,7 @@ fn client_lines(view: &View<'_>, columns: usize, clients_max: usize) -> Vec<Piec
 fn client_line(client: &ClientSummary, run: &RunSummary, name_columns: usize, bar_columns: usize) -> Pieces {
     let (marker, tone) = match (client.connected, client.participation()) {
         (false, _) => ("✗", Tone::Alarming),
-        (true, Participation::Working) => ("▶", Tone::Busy),
+        (true, Participation::Working | Participation::Behind) => ("▶", Tone::Busy),
         (true, Participation::Delivered) => ("✓", Tone::Good),
         (true, Participation::Replaced) => ("↷", Tone::Alarming),
         (true, Participation::NotSelected | Participation::Unspecified) => ("·", Tone::Faint),

@@ -52,6 +52,7 @@ pub fn participation(participation: Participation) -> &'static str {
         Participation::Working => "working",
         Participation::Delivered => "delivered",
         Participation::Replaced => "replaced",
+        Participation::Behind => "behind",
     }
 }
 
@@ -64,14 +65,16 @@ pub fn client_state(client: &ClientSummary) -> &'static str {
     let doing = client.progress.as_ref().map(Progress::activity).filter(|activity| match activity {
         ClientActivity::Unspecified | ClientActivity::Idle => false,
         // The last report of work that is over: only who is working trains or sends.
-        ClientActivity::Training | ClientActivity::Uploading => participation == Participation::Working,
+        ClientActivity::Training | ClientActivity::Uploading => {
+            matches!(participation, Participation::Working | Participation::Behind)
+        }
         ClientActivity::Preparing | ClientActivity::Downloading | ClientActivity::Evaluating => true,
     });
     match (participation, doing) {
         (Participation::Replaced, _) => "replaced",
         (_, Some(doing)) => activity(doing),
         (Participation::Delivered, None) => "delivered",
-        (Participation::Working, None) => "starting",
+        (Participation::Working | Participation::Behind, None) => "starting",
         (Participation::NotSelected | Participation::Unspecified, None) => "idle",
     }
 }

@@ -87,9 +87,12 @@ fn check_tally(tally: &Tally, schedules: u64) {
         ("adapted deadlines", tally.adapted),
         ("shortened assignments", tally.shortened),
         ("failed reductions", tally.failed_reductions),
+        ("late deltas that counted", tally.folded),
+        ("buffers", tally.buffers),
     ] {
         assert!(count > schedules / 50, "{what}: {count}");
     }
+    assert!(tally.given_up > schedules / 500, "given up: {}", tally.given_up);
 }
 
 /// One schedule: a random plan, chaos, calm.
@@ -140,6 +143,18 @@ fn random_plan(specification: &RunSpec, sites: u32, dice: &mut ChaCha8Rng) -> (P
         deviations: dice.random_range(0.0..4.0),
         minimum_seconds: dice.random_range(1..=20),
     });
+    participation.staleness_max = if dice.random() { 0 } else { dice.random_range(1..=3) };
+    participation.staleness_exponent = dice.random_range(0.0..2.0);
+    if dice.random_ratio(1, 4) {
+        participation.buffer = dice.random_range(1..=participation.minimum_clients.max(1));
+        participation.staleness_max = dice.random_range(1..=3);
+        participation.clients_per_round = 0;
+        participation.sampling = Sampling::Uniform;
+        participation.over_selection = 0;
+        participation.quorum = 0;
+        participation.deadline_seconds = 0;
+        participation.adaptive_deadline = None;
+    }
     let adaptive = spec.participation.adaptive_deadline.as_ref();
     let terms = Terms {
         rounds: spec.rounds,
@@ -151,6 +166,9 @@ fn random_plan(specification: &RunSpec, sites: u32, dice: &mut ChaCha8Rng) -> (P
         minimum_steps: spec.participation.minimum_steps,
         per_round: spec.participation.clients_per_round as usize,
         over_selection: spec.participation.over_selection as usize,
+        staleness_max: spec.participation.staleness_max,
+        staleness_exponent: spec.participation.staleness_exponent,
+        buffer: spec.participation.buffer as usize,
     };
     (Plan::new(&spec), terms)
 }
@@ -205,7 +223,8 @@ fn ready(site: &SiteName) -> Event {
 }
 
 fn honest_delivery(world: &World, site: SiteName) -> Event {
-    let round = world.state().round();
+    let behind = world.state().behind.get(&site).map(|behind| behind.round);
+    let round = behind.unwrap_or(world.state().round());
     Event::Delivered { facts: world.honest_facts(&site, round), site, round }
 }
 

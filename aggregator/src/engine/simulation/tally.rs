@@ -26,6 +26,11 @@ pub(super) struct Tally {
     pub crashes: u64,
     pub failed_reductions: u64,
     pub finished: u64,
+    /// Deltas that were accepted for a later round than their own; sites whose work for an earlier round was given
+    /// up for want of others; rounds of the buffered mode.
+    pub folded: u64,
+    pub given_up: u64,
+    pub buffers: u64,
 }
 
 impl Tally {
@@ -47,6 +52,9 @@ impl Tally {
             crashes: self.crashes + other.crashes,
             failed_reductions: self.failed_reductions + other.failed_reductions,
             finished: self.finished + other.finished,
+            folded: self.folded + other.folded,
+            given_up: self.given_up + other.given_up,
+            buffers: self.buffers + other.buffers,
         }
     }
 }
@@ -65,4 +73,8 @@ pub(super) struct Terms {
     pub minimum_steps: u32,
     pub per_round: usize,
     pub over_selection: usize,
+    pub staleness_max: u32,
+    pub staleness_exponent: f64,
+    /// 0: rounds are synchronous.
+    pub buffer: usize,
 }

@@ -147,7 +147,7 @@ impl World {
             Effect::Reduce { round, contributions } => {
                 let is_current = matches!(&self.state().phase, Phase::Reducing(one) if one.round == round);
                 if is_current {
-                    let key = |one: &Weighted| (round, one.contribution.site.clone());
+                    let key = |one: &Weighted| (one.contribution.round(round), one.contribution.site.clone());
                     let is_spooled = contributions.iter().all(|one| self.spool.contains(&key(one)));
                     assert!(is_spooled, "the deltas of round {round} are on disk");
                 }
@@ -159,7 +159,12 @@ impl World {
             }
             Effect::DiscardSpool { round } => {
                 let is_aborted = matches!(self.state().status, RunStatus::Aborted { .. });
+                let is_needed = |key: &(u32, SiteName), one: &Contribution| {
+                    key.0 <= round && key.0 + one.age > self.state().version
+                };
+                let is_any_needed = self.contributions.iter().any(|(key, one)| is_needed(key, one));
                 assert!(is_aborted || round <= self.state().version, "only spent deltas are deleted");
+                assert!(is_aborted || !is_any_needed, "no delta is deleted that is to be averaged");
                 self.spool.retain(|(spooled, _)| *spooled > round);
             }
             Effect::InstructionsChanged | Effect::Duplicate { .. } => {}
@@ -224,7 +229,12 @@ impl World {
         let steps = assigned_steps.unwrap_or_default();
         let is_sane =
             facts.steps <= steps && facts.tokens <= self.plan.tokens(steps) && facts.train_loss.is_finite();
-        let is_current = is_running && (open_round == Some(round) || reduced_round == Some(round));
+        // What counts in a later round than its own: who was given up, `check_behind` sees.
+        let is_behind = before.behind.get(site).is_some_and(|behind| behind.round == round);
+        let filled = reduced_round.map_or(before.version + 1, |reduced| reduced + 1);
+        let is_pending = first.is_some_and(|first| round + first.age > before.version);
+        let is_current = is_running && is_pending;
+        let is_open = open_round == Some(round) || is_behind;
         match (first, outcome) {
             (Some(first), Ok(effects)) => {
                 assert!(is_current && first.facts.delta_digest == facts.delta_digest);
@@ -237,14 +247,19 @@ impl World {
             }
             (Some(_), Err(_)) => assert!(!is_current, "{outcome:?}"),
             (None, Ok(effects)) => {
-                assert!(is_running && open_round == Some(round) && is_assigned && is_sane);
-                assert!(matches!(&effects[0], Effect::RecordContribution { .. }));
+                assert!(is_running && is_open && is_assigned && is_sane);
+                let Effect::RecordContribution { round: recorded, contribution } = &effects[0] else {
+                    panic!("{:?} is no record of a contribution", effects[0])
+                };
+                assert_eq!((*recorded, round + contribution.age), (round, filled));
+                assert!(contribution.age <= self.terms.staleness_max && filled <= self.terms.rounds);
+                self.tally.folded += u64::from(contribution.age > 0);
                 if let Phase::Training(training) = &before.phase {
                     self.tally.replaced += u64::from(training.sites.get(site) == Some(&Standing::Replaced));
                 }
             }
             (None, Err(rejection)) => {
-                let is_welcome = is_running && open_round == Some(round) && is_assigned && is_sane;
+                let is_welcome = is_running && is_open && is_assigned && is_sane;
                 assert!(
                     !is_welcome,
                     "an honest delivery of {site} for round {round} is refused: {rejection}"
@@ -271,18 +286,25 @@ impl World {
         if let (Phase::Training(training), Phase::Reducing(reducing)) = (&before.phase, &after.phase) {
             self.tally.spared += u64::from(self.check_round_end(training, reducing));
         }
+        self.check_behind(before, event);
+        let after = self.run.state();
         if let Phase::Training(training) = &after.phase {
             if !matches!(&before.phase, Phase::Training(_)) {
                 assert_eq!(training.round, before.version.max(after.version) + 1);
-                assert!(training.wanted >= self.terms.quorum.max(1));
-                let ready = self.run.ready().len();
+                assert!(training.wanted >= self.terms.quorum.max(1) || self.terms.buffer > 0);
+                let is_free = |site: &&SiteName| !after.behind.contains_key(*site);
+                let ready = self.run.ready().keys().filter(is_free).count();
                 let most = if self.terms.per_round == 0 {
                     ready
                 } else {
                     self.terms.per_round.max(self.terms.quorum)
                 };
-                assert_eq!(training.wanted, ready.min(most));
-                assert_eq!(training.sites.len(), ready.min(training.wanted + self.terms.over_selection));
+                if self.terms.buffer > 0 {
+                    assert_eq!((training.wanted, training.sites.len()), (self.terms.buffer, ready));
+                } else {
+                    assert_eq!(training.wanted, ready.min(most));
+                    assert_eq!(training.sites.len(), ready.min(training.wanted + self.terms.over_selection));
+                }
                 self.was_disturbed = false;
                 self.tally.adapted += u64::from(self.check_deadline(training));
             } else if let (Event::SiteReady { .. }, Phase::Training(before)) = (event, &before.phase) {
@@ -322,12 +344,18 @@ impl World {
     /// A round ends with all that was accepted for it, never without its quorum, and where nothing went
     /// wrong with all that were selected, or all that it waited for; whether it left some out for that.
     fn check_round_end(&self, training: &Training, reducing: &Reducing) -> bool {
-        let mut accepted: BTreeSet<&SiteName> =
-            self.contributions_of(training.round).map(|one| &one.site).collect();
+        let key = |one: &Contribution| (one.site.clone(), one.round(training.round));
+        let mut accepted: BTreeSet<(SiteName, u32)> =
+            self.contributions_of(training.round).map(key).collect();
         // The event's own contribution is recorded right after this check.
-        accepted.extend(reducing.contributions.iter().map(|one| &one.site));
-        let reduced: Vec<&SiteName> = reducing.contributions.iter().map(|one| &one.site).collect();
+        accepted.extend(reducing.contributions.iter().map(key));
+        let reduced: Vec<(SiteName, u32)> = reducing.contributions.iter().map(key).collect();
         assert_eq!(accepted.into_iter().collect::<Vec<_>>(), reduced, "all that was accepted is reduced");
+        if self.terms.buffer > 0 {
+            assert!(reduced.len() >= self.terms.buffer, "a buffer of {} is reduced", reduced.len());
+            return false;
+        }
+        let reduced: Vec<&Contribution> = reducing.contributions.iter().filter(|one| one.age == 0).collect();
         let least = match self.terms.quorum {
             0 => self.terms.minimum.min(training.wanted).max(1),
             quorum => quorum,
@@ -341,7 +369,7 @@ impl World {
     }
 
     fn contributions_of(&self, round: u32) -> impl Iterator<Item = &Contribution> {
-        self.contributions.iter().filter(move |((of, _), _)| *of == round).map(|(_, one)| one)
+        self.contributions.iter().filter(move |((of, _), one)| *of + one.age == round).map(|(_, one)| one)
     }
 
     fn check_commit(&mut self, record: RoundRecord) {
@@ -351,27 +379,101 @@ impl World {
         assert!((weights.iter().sum::<f64>() - 1.0).abs() <= 1e-12, "{weights:?}");
         assert!(weights.iter().all(|weight| *weight > 0.0 && *weight <= 1.0));
         if self.terms.weighting == Weighting::Uniform {
-            assert!(weights.windows(2).all(|pair| pair[0] == pair[1]));
+            let is_fresh = record.contributions.iter().all(|one| one.contribution.age == 0);
+            assert!(!is_fresh || weights.windows(2).all(|pair| pair[0] == pair[1]));
         }
-        if self.terms.weighting == Weighting::Tokens {
-            let steps = |one: &Weighted| self.assigned[&(record.round, one.contribution.site.clone())];
-            let all: u32 = record.contributions.iter().map(steps).sum();
-            for one in &record.contributions {
-                let share = f64::from(steps(one)) / f64::from(all);
-                assert!((one.weight - share).abs() <= 1e-12, "weights follow the assigned steps");
+        let key = |one: &Weighted| (one.contribution.site.clone(), one.contribution.round(record.round));
+        let mass = |one: &Weighted| {
+            let (site, round) = key(one);
+            let staleness = f64::from(1 + one.contribution.age).powf(-self.terms.staleness_exponent);
+            match self.terms.weighting {
+                Weighting::Tokens => f64::from(self.assigned[&(round, site)]) * staleness,
+                Weighting::Uniform => staleness,
             }
+        };
+        let all: f64 = record.contributions.iter().map(mass).sum();
+        for one in &record.contributions {
+            let share = mass(one) / all;
+            assert!((one.weight - share).abs() <= 1e-12, "weights follow the assigned steps and the age");
         }
-        let names: Vec<&SiteName> = record.contributions.iter().map(|one| &one.contribution.site).collect();
+        let names: Vec<(SiteName, u32)> = record.contributions.iter().map(key).collect();
         assert!(names.windows(2).all(|pair| pair[0] < pair[1]), "in canonical order, each once: {names:?}");
         for one in &record.contributions {
-            let recorded = self.contributions.get(&(record.round, one.contribution.site.clone()));
+            let (site, round) = key(one);
+            let recorded = self.contributions.get(&(round, site));
             assert_eq!(recorded, Some(&one.contribution), "what is counted was recorded");
         }
         assert_eq!(names.len(), self.contributions_of(record.round).count(), "what was recorded is counted");
-        assert!(names.len() >= self.terms.quorum.max(1), "no round without its quorum");
+        let fresh = record.contributions.iter().filter(|one| one.contribution.age == 0).count();
+        let counting = if self.terms.buffer > 0 { names.len() } else { fresh };
+        assert!(counting >= self.terms.quorum.max(self.terms.buffer).max(1), "no round without its quorum");
+        self.tally.buffers += u64::from(self.terms.buffer > 0);
         self.tally.commits += 1;
         self.tally.retried += u64::from(record.attempts > 1);
         self.commits.push(record);
+    }
+
+    /// Who falls behind, and who is no longer: it delivered, its delta would be too old, or others are too few.
+    fn check_behind(&mut self, before: &State, event: &Event) {
+        let after = self.run.state();
+        let reduced = |state: &State| match &state.phase {
+            Phase::Reducing(reducing) => Some(reducing.round),
+            _ => None,
+        };
+        let is_round_end = reduced(after).is_some() && reduced(after) != reduced(before);
+        for (site, behind) in &after.behind {
+            // With deltas enough for its buffer a round can take a site in and end in one step.
+            let key = (behind.round, site.clone());
+            if is_round_end && self.terms.buffer > 0 && Some(behind.round) == reduced(after) {
+                self.assigned.entry(key).or_insert(behind.steps);
+            }
+            assert!(self.assigned.contains_key(&(behind.round, site.clone())), "{site} was put to work");
+            assert!(
+                !self.contributions.contains_key(&(behind.round, site.clone())),
+                "{site} has not delivered"
+            );
+            let age = after.filling() - behind.round;
+            assert!((1..=self.terms.staleness_max).contains(&age), "{site} is {age} rounds behind");
+            assert!(after.filling() <= self.terms.rounds);
+        }
+        for (site, behind) in &before.behind {
+            if after.behind.get(site) == Some(behind) {
+                continue;
+            }
+            let delivered = matches!(event, Event::Delivered { site: by, round, .. } if (by, *round) == (site, behind.round));
+            let is_too_old = after.filling().saturating_sub(behind.round) > self.terms.staleness_max;
+            let is_over = after.status.is_over() || after.filling() > self.terms.rounds;
+            if delivered || (is_round_end && (is_too_old || is_over)) || after.status.is_over() {
+                continue;
+            }
+            let has_begun = matches!(
+                (&before.phase, &after.phase),
+                (Phase::Waiting, Phase::Training(_) | Phase::Reducing(_))
+            );
+            let is_overdue = match &before.phase {
+                Phase::Training(training) => training.deadline_ms.is_some_and(|at| at <= self.now),
+                _ => false,
+            };
+            let free = self.run.ready().keys().filter(|site| !before.behind.contains_key(*site)).count();
+            let is_short = free < self.terms.quorum.max(1);
+            let has_reduced = matches!(&before.phase, Phase::Reducing(_));
+            assert!(
+                self.terms.buffer == 0 && (is_overdue || is_short && (has_begun || has_reduced)),
+                "{site} is given up without cause"
+            );
+            self.tally.given_up += 1;
+        }
+        if let (Phase::Training(training), Phase::Reducing(_)) = (&before.phase, &after.phase)
+            && self.terms.staleness_max > 0
+            && training.round < self.terms.rounds
+        {
+            for (site, standing) in &training.sites {
+                let delivered = matches!(event, Event::Delivered { site: by, .. } if by == site)
+                    || matches!(standing, Standing::Delivered(_));
+                let behind = after.behind.get(site).map(|behind| behind.round);
+                assert!(delivered || behind == Some(training.round), "{site} goes on with its work");
+            }
+        }
     }
 
     fn check_next_timer(&self) {
@@ -392,10 +494,11 @@ impl World {
             let assigned_steps = self.assigned.get(&(round, site.clone())).copied();
             assert_eq!(assigned_steps, Some(steps), "only who was selected trains");
             assert!(!self.contributions.contains_key(&(round, site.clone())), "who delivered is done");
-            assert_eq!(round, self.commits.len() as u32 + 1);
-            assert_eq!(first_step, state.cumulative_step);
+            let age_max = if state.behind.contains_key(site) { self.terms.staleness_max } else { 0 };
+            assert!(round + age_max >= state.filling() && round <= self.commits.len() as u32 + 1);
+            assert_eq!(first_step, u64::from(round - 1) * u64::from(self.plan.local_steps()));
             assert_eq!(tokens, self.plan.tokens(steps));
-            assert_eq!(evaluate_base, self.plan.evaluates(state.version));
+            assert_eq!(evaluate_base, self.plan.evaluates(round - 1));
         }
         if self.run.participation(site) == Participation::Working
             && is_ready

@@ -317,6 +317,26 @@ fn keys_that_must_fit_each_other_are_checked_together() {
             "participation.adaptive_deadline.minimum_seconds is 60; allowed: 1 to 50 = participation.deadline_seconds, beyond which no round lasts",
         ],
     );
+    check("participation = { staleness_max = 64, staleness_exponent = 0.0 }", &[]);
+    check(
+        "participation = { staleness_max = 65, staleness_exponent = -0.5 }",
+        &[
+            "participation.staleness_max is 65; allowed: 0 (late deltas are dropped) to 64",
+            "participation.staleness_exponent is -0.5; allowed: 0 to 100",
+        ],
+    );
+    check("participation = { minimum_clients = 3, buffer = 3, staleness_max = 4, minimum_steps = 1 }", &[]);
+    check(
+        "participation = { minimum_clients = 3, buffer = 4, clients_per_round = 3, quorum = 2, deadline_seconds = 60, adaptive_deadline = {} }",
+        &[
+            "participation.buffer is 4; allowed: 0 (rounds are synchronous) to participation.minimum_clients = 3, with which it can fill",
+            "participation.staleness_max is 0, with which only the fastest sites would count in a buffer; allowed with participation.buffer = 4: 1 to 64",
+            "participation.clients_per_round is 3; allowed with participation.buffer = 4, which alone ends a round: 0",
+            "participation.quorum is 2; allowed with participation.buffer = 4, which alone ends a round: 0",
+            "participation.deadline_seconds is 60; allowed with participation.buffer = 4, which alone ends a round: 0",
+            "participation.adaptive_deadline is there; not allowed with participation.buffer = 4, which alone ends a round",
+        ],
+    );
     check("participation = { minimum_steps = 100 }", &[]);
     check(
         "participation = { minimum_steps = 101 }",
