@@ -32,6 +32,8 @@
 //!   stored with the run. The run's clock ([`State::cumulative_step`]) runs as if all took the full number.
 //! - With over-selection a round puts more sites to work than it waits for and ends with the first deltas;
 //!   those that come later are late.
+//! - Which part of the model a round synchronises is no affair of the engine's. With streaming, sites train ahead of
+//!   the next round on their own account: rounds still follow each other.
 //! - Deltas are taken while the run is paused too (what was trained is not wasted), but the round does not
 //!   end before the run goes on.
 //!

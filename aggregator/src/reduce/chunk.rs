@@ -12,7 +12,7 @@
 //! come reading the base and copying the new version into the page cache, at 18 GB/s. Digests of the new
 //! version are left to `models`, which takes them while the disk is busy.
 
-use consort_common::{codec::Encoding, ids::Digest, spec::OuterOptimizer};
+use consort_common::{codec::Encoding, fragment::Fragment, ids::Digest, spec::OuterOptimizer};
 
 use super::{
     ReduceError, Share,
@@ -43,6 +43,8 @@ pub(super) struct Inputs {
     optimizer: OuterOptimizer,
     rounding: Rounding,
     residual_decay: f32,
+    /// What the round synchronises.
+    fragment: Fragment,
     /// Sum of the weights, in canonical order.
     total_weight: f64,
     /// Values that are worked on at a time: a multiple of every encoding's block.
@@ -104,11 +106,17 @@ impl Inputs {
             total_weight: shares.iter().map(|share| share.weight).sum(),
             rounding: Rounding::new(form),
             residual_decay: form.residual_decay().unwrap_or_default(),
+            fragment: base.layout().fragment(base.version() + 1),
             shares,
             base,
             previous,
             optimizer,
         }
+    }
+
+    /// What the round synchronises.
+    pub(super) fn fragment(&self) -> Fragment {
+        self.fragment
     }
 
     /// Bytes of one core's vectors, about.
@@ -124,15 +132,24 @@ impl Inputs {
         vectors * size_of::<f32>() * chunk + sent + self.shares.len().min(GROUP_DELTAS) * payload
     }
 
-    /// Reads, averages, steps, rounds and writes chunk `index`.
+    /// Reads, averages, steps, rounds and writes the model's chunk `index`; or writes it as the base has it, if the
+    /// round does not synchronise it.
     pub(super) fn fold(
         &self,
         index: u32,
         scratch: &mut Scratch,
         new: &NewVersion,
     ) -> Result<FoldedChunk, ReduceError> {
-        let length = self.base.plan().length(index).map_err(ModelError::from)?;
-        scratch.resize(length, self);
+        self.read(index, scratch)?;
+        match self.fragment.position(index) {
+            Some(position) => self.average(index, position, scratch, new),
+            None => self.carry(index, scratch, new),
+        }
+    }
+
+    /// Reads what the base has of chunk `index`.
+    fn read(&self, index: u32, scratch: &mut Scratch) -> Result<(), ReduceError> {
+        scratch.resize(self.base.plan().length(index).map_err(ModelError::from)?, self);
         self.base.read_parameters(index, &mut scratch.base)?;
         if !scratch.momentum.is_empty() {
             self.base.read_momentum(index, &mut scratch.momentum)?;
@@ -149,11 +166,37 @@ impl Inputs {
         if let Some(previous) = &self.previous {
             previous.read_parameters(index, &mut scratch.previous)?;
         }
+        Ok(())
+    }
 
+    /// Writes chunk `index` as it is: nothing of it changes, and what an update says of it is zero.
+    fn carry(&self, index: u32, scratch: &mut Scratch, new: &NewVersion) -> Result<FoldedChunk, ReduceError> {
+        let update = self.base.layout().update_of(new.version()).is_some();
+        let Scratch { parameters, base, momentum, previous, sent, .. } = scratch;
+        if let Some(codec) = self.rounding.encoding().map(Encoding::codec) {
+            parameters.fill(0.0);
+            codec.encode(if update { &parameters[..] } else { &base[..] }, sent);
+        }
+        parameters.copy_from_slice(base);
+        let sums = Sums::of_chunk(parameters, base, momentum, previous);
+        let record = new.write(index, scratch.new_chunk(update))?;
+        Ok(FoldedChunk { record, digests: Box::default(), delta_square: 0.0, update_square: 0.0, sums })
+    }
+
+    /// Averages chunk `index` of the model, which is chunk `position` of the deltas, and writes what the outer step
+    /// makes of it.
+    fn average(
+        &self,
+        index: u32,
+        position: u32,
+        scratch: &mut Scratch,
+        new: &NewVersion,
+    ) -> Result<FoldedChunk, ReduceError> {
+        let length = scratch.base.len();
         scratch.sums.fill(0.0);
         let mut digests = Vec::with_capacity(self.shares.len());
         for group in self.shares.chunks(GROUP_DELTAS) {
-            self.accumulate(index, group, scratch, &mut digests)?;
+            self.accumulate(position, group, scratch, &mut digests)?;
         }
         let mut squares = Squares::default();
         let mut tiles = (0..length).step_by(self.tile_parameters);
@@ -165,7 +208,7 @@ impl Inputs {
         // One value that is not finite makes a sum of squares so.
         let delta_square = squares.delta.iter().sum::<f64>();
         if !delta_square.is_finite() {
-            self.find_not_finite(index, scratch)?;
+            self.find_not_finite(position, scratch)?;
         }
         stepped.map_err(|at| self.not_finite(index, at))?;
         let update_square = squares.update.iter().sum::<f64>();
@@ -190,7 +233,7 @@ impl Inputs {
         })
     }
 
-    /// Reads the chunk of each delta of a group and adds them to the sums; adds the digests of what was added
+    /// Reads chunk `index` of each delta of a group and adds them to the sums; adds the digests of what was added
     /// to `digests`.
     fn accumulate(
         &self,

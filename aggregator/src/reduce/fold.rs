@@ -81,7 +81,8 @@ impl RoundFold {
         let (momentum, second_moment) =
             (has_momentum(&optimizer), initial_second_moment(&optimizer).is_some());
         let layout = ModelLayout { momentum, second_moment, ..base.layout() };
-        let previous = base.version().checked_sub(1);
+        // Successive updates of different fragments are of different parameters: there is nothing to compare.
+        let previous = base.version().checked_sub(1).filter(|_| layout.fragments == 1);
         // It may be gone; what is recorded of the round then says less.
         let previous = previous.and_then(|version| models.open(base.run(), version, base.layout()).ok());
         let new = models.begin(base.run(), base.version() + 1, layout)?;
@@ -108,12 +109,21 @@ impl RoundFold {
         lock(&self.chunks).iter().filter(|progress| matches!(progress, Progress::Folded(_))).count()
     }
 
-    /// Folds chunk `index`, which is durable in all deltas; does nothing if it is folded, or being folded.
-    /// Several threads may fold at a time.
+    /// Folds the model's chunk that is chunk `index` of the deltas, and durable in all of them; does nothing if it
+    /// is folded, or being folded. Several threads may fold at a time.
     ///
     /// # Errors
     /// See [`ReduceError`]; the chunk can be tried again.
-    pub fn fold(&self, index: u32) -> Result<(), ReduceError> {
+    pub fn fold_delta(&self, index: u32) -> Result<(), ReduceError> {
+        self.fold(self.inputs.fragment().chunk(index))
+    }
+
+    /// Folds the model's chunk `index`, as [`RoundFold::fold_delta`]; one that the round does not synchronise is
+    /// carried over from the base.
+    ///
+    /// # Errors
+    /// See [`ReduceError`]; the chunk can be tried again.
+    fn fold(&self, index: u32) -> Result<(), ReduceError> {
         self.inputs.base.plan().range(index).map_err(ModelError::from)?;
         let begin = |progress: &mut Progress| match progress {
             Progress::Open => {
@@ -181,9 +191,11 @@ impl RoundFold {
                 Progress::Open | Progress::UnderWay => None,
             })
             .collect();
+        // Chunks that were carried over have no digests.
+        let chunks = |place| folded.iter().filter_map(move |chunk| chunk.digests.get(place).copied());
         for (place, share) in inputs.shares.iter().enumerate() {
             let accepted = accepted.iter().find(|accepted| accepted.key == *share.delta.key());
-            check_delta(share.delta.key(), accepted, folded.iter().map(|chunk| chunk.digests[place]))?;
+            check_delta(share.delta.key(), accepted, chunks(place))?;
         }
         let mut sums = Sums::default();
         folded.iter().for_each(|chunk| sums.add(chunk.sums));
@@ -201,6 +213,7 @@ impl RoundFold {
 /// Refuses lists that no round can have: the engine's invariants, checked before they cost a version.
 fn check(shares: &[Share], base: &ModelVersion) -> Result<(), ReduceError> {
     let round = base.version() + 1;
+    let plan = base.layout().fragment(round).plan();
     if shares.is_empty() {
         return Err(ReduceError::NoContributions { round });
     }
@@ -212,8 +225,8 @@ fn check(shares: &[Share], base: &ModelVersion) -> Result<(), ReduceError> {
         if key.run != *base.run() || key.round != round {
             return unfit(key, "is not for this round".to_owned());
         }
-        if delta.layout() != DeltaLayout::new(base.plan(), delta.layout().encoding()) {
-            return unfit(key, "is not cut as the model is".to_owned());
+        if delta.layout() != DeltaLayout::new(plan, delta.layout().encoding()) {
+            return unfit(key, "is not cut as the round's part of the model is".to_owned());
         }
         if !weight.is_finite() || *weight <= 0.0 {
             return unfit(key, format!("has the weight {weight}, which must be finite and above 0"));

@@ -19,8 +19,8 @@ mod tests {
         model::{Architecture, Gpt2Config, LlamaConfig, MptAttentionConfig, MptConfig, RopeScaling},
         schedule::Schedule,
         spec::{
-            AdaptiveDeadline, OptimizerSpec, OuterOptimizer, OuterSpec, StartSpec, TokenizerSpec,
-            TrainingSpec,
+            AdaptiveDeadline, OptimizerSpec, OuterOptimizer, OuterSpec, StartSpec, StreamingSpec,
+            TokenizerSpec, TrainingSpec,
         },
     };
 
@@ -167,6 +167,7 @@ mod tests {
                 spec.outer.optimizer =
                     OuterOptimizer::FedYogi { learning_rate: 0.1, beta1: 0.9, beta2: 0.9, tau: 0.1 };
             }),
+            with(&|spec| spec.outer.streaming = Some(StreamingSpec::default())),
             with(&|spec| spec.participation.adaptive_deadline = Some(AdaptiveDeadline::default())),
         ]
     }
@@ -217,6 +218,6 @@ mod tests {
                 tried += 1;
             }
         }
-        assert_eq!(tried, 17, "alternatives in the reference");
+        assert_eq!(tried, 18, "alternatives in the reference");
     }
 }

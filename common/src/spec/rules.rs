@@ -2,7 +2,7 @@
 
 use super::{
     AdaptiveDeadline, CheckpointSpec, EvaluationSpec, OptimizerSpec, OuterOptimizer, ParticipationSpec,
-    RunSpec, Sampling, TokenizerSpec, TrainingSpec, validate::Problem,
+    RunSpec, Sampling, StreamingSpec, TokenizerSpec, TrainingSpec, validate::Problem,
 };
 use crate::{
     chunk::{CHUNK_PARAMETERS_MAX, CHUNK_PARAMETERS_MIN},
@@ -49,6 +49,7 @@ pub(super) fn problems(spec: &RunSpec, faulty: &[String]) -> Vec<Problem> {
     schedule(&mut rules, &spec.training.schedule, spec.run_steps());
     tokens(&mut rules, spec);
     outer(&mut rules, &spec.outer.optimizer);
+    streaming(&mut rules, spec);
     participation(&mut rules, &spec.participation, spec.training.local_steps);
     evaluation(&mut rules, &spec.evaluation);
     checkpoints(&mut rules, &spec.checkpoints);
@@ -271,6 +272,28 @@ fn outer(rules: &mut Rules<'_>, optimizer: &OuterOptimizer) {
         let holds = (0.0..1.0).contains(&decay);
         rules.number(&format!("outer.optimizer.{key}"), decay, holds, "0 or more, below 1");
     }
+}
+
+fn streaming(rules: &mut Rules<'_>, spec: &RunSpec) {
+    let Some(StreamingSpec { fragments, overlap, mixing }) = spec.outer.streaming else { return };
+    let path = |key: &str| format!("outer.streaming.{key}");
+    let chunk = spec.wire.chunk_parameters;
+    // What is wrong with these is said elsewhere.
+    let cut = chunk > 0 && spec.model.problems().is_empty();
+    let chunks = if cut { spec.model.manifest().parameters().div_ceil(u64::from(chunk)) } else { 0 };
+    let holds = fragments > 0 && (chunks == 0 || u64::from(fragments) <= chunks);
+    rules.check(&[&path("fragments"), "wire.chunk_parameters", "model"], holds, || {
+        format!("is {fragments}; allowed: 1 to the number of the model's chunks of wire.chunk_parameters, {chunks}")
+    });
+    let (steps, named) = match spec.participation.minimum_steps {
+        0 => (spec.training.local_steps, "training.local_steps"),
+        steps => (steps, "participation.minimum_steps"),
+    };
+    let others = ["training.local_steps", "participation.minimum_steps"];
+    rules.check(&[&path("overlap"), others[0], others[1]], overlap < steps, || {
+        format!("is {overlap}; allowed: 0 (sites wait for each fragment), or below {named} = {steps}")
+    });
+    rules.number(&path("mixing"), mixing, (0.0..1.0).contains(&mixing), "0 or more, below 1");
 }
 
 fn participation(rules: &mut Rules<'_>, participation: &ParticipationSpec, local_steps: u32) {
