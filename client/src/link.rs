@@ -4,7 +4,14 @@
 //! [`Link::call`], which waits for a session and repeats what failed for a passing reason. A lost
 //! connection thus delays work and never ends it.
 
-use std::{future::Future, time::Duration};
+use std::{
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use consort_proto::v1::federation_client::FederationClient;
 use tokio::sync::watch;
@@ -25,6 +32,30 @@ pub struct Session {
     pub client: FederationClient<Channel>,
     /// Counts the sessions of this process.
     pub generation: u64,
+    /// How far away the aggregator is.
+    pub round_trip: RoundTrip,
+}
+
+/// The least time that a small call took: a little more than the connection's round trip.
+#[derive(Debug, Clone, Default)]
+pub struct RoundTrip {
+    /// Microseconds, rounded up; 0: not known yet.
+    least: Arc<AtomicU64>,
+}
+
+impl RoundTrip {
+    /// A small call, to which the aggregator has nothing to look up, took so long.
+    pub fn took(&self, time: Duration) {
+        let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX).saturating_add(1);
+        let shorter = |least: u64| (least == 0 || micros < least).then_some(micros);
+        // Refused when it is not shorter.
+        let _ = self.least.fetch_update(Ordering::Relaxed, Ordering::Relaxed, shorter);
+    }
+
+    /// None until a call was answered.
+    pub fn least(&self) -> Option<Duration> {
+        Some(self.least.load(Ordering::Relaxed)).filter(|least| *least > 0).map(Duration::from_micros)
+    }
 }
 
 /// Hands out the current session.
@@ -196,7 +227,12 @@ mod tests {
 
     fn session(generation: u64) -> Session {
         let channel = Channel::from_static("http://localhost:1").connect_lazy();
-        Session { id: vec![1], client: FederationClient::new(channel), generation }
+        Session {
+            id: vec![1],
+            client: FederationClient::new(channel),
+            generation,
+            round_trip: RoundTrip::default(),
+        }
     }
 
     #[tokio::test(start_paused = true)]
@@ -252,6 +288,18 @@ mod tests {
             std::io::Error::other("peer closed connection without sending TLS close_notify: see this page");
         assert_eq!(describe(&Status::from_error(Box::new(eof))), "the connection broke off");
         assert_eq!(describe(&Status::unavailable("shutting down")), "shutting down");
+    }
+
+    #[test]
+    fn a_round_trip_is_the_least_that_was_seen() {
+        let round_trip = RoundTrip::default();
+        assert_eq!(round_trip.least(), None);
+        for (took, least) in [(9, 9), (12, 9), (5, 5), (6, 5)] {
+            round_trip.clone().took(Duration::from_millis(took));
+            assert_eq!(round_trip.least(), Some(Duration::from_millis(least) + Duration::from_micros(1)));
+        }
+        round_trip.took(Duration::ZERO);
+        assert_eq!(round_trip.least(), Some(Duration::from_micros(1)));
     }
 
     #[tokio::test]

@@ -110,7 +110,7 @@ pub fn generate_from_checkpoint(
         tokens.push(end_of_text);
     }
 
-    let mut shown = Shown { tokenizer: &tokenizer, tokens: Vec::new(), bytes: 0 };
+    let mut shown = Shown::new(&tokenizer);
     let mut failure = None;
     let begun = Instant::now();
     let mut drawn = 0;
@@ -130,36 +130,51 @@ pub fn generate_from_checkpoint(
     failure.map_or(Ok(Generated { tokens: drawn, time }), |error| Err(error.into()))
 }
 
-/// Generated tokens as text that grows. A character may take several tokens: until it is whole, decoding
-/// ends in a replacement character, and nothing new is shown.
+/// Tokens that are held back at most. A character has four bytes at most, each of which may be a token: where more
+/// are held back, the model writes what is no text.
+const HELD_BACK_MAX: usize = 32;
+
+/// Generated tokens as text that grows, each decoded a few times however long the text is. A character may take
+/// several tokens: until it is whole, decoding ends in a replacement character, and nothing new is shown.
 struct Shown<'a> {
     tokenizer: &'a Tokenizer,
+    /// What was shown last, and what is held back. A decoder may treat the first token of a text in its own way
+    /// (it strips a blank), so what is new is decoded behind what is known.
     tokens: Vec<u32>,
-    /// Length of the text that was shown.
+    /// How many of them were shown.
+    shown: usize,
+    /// Bytes of text that these decode to.
     bytes: usize,
 }
 
-impl Shown<'_> {
+impl<'a> Shown<'a> {
+    fn new(tokenizer: &'a Tokenizer) -> Self {
+        Self { tokenizer, tokens: Vec::new(), shown: 0, bytes: 0 }
+    }
+
     /// The new text.
     fn push(&mut self, token: i64) -> Result<String, DataError> {
         self.tokens.extend(u32::try_from(token)); // the model's tokens are rows of its embedding
         let text = self.tokenizer.decode(&self.tokens)?;
-        if text.ends_with(char::REPLACEMENT_CHARACTER) {
+        let is_whole = text.len() > self.bytes && !text.ends_with(char::REPLACEMENT_CHARACTER);
+        if !is_whole && self.tokens.len() - self.shown < HELD_BACK_MAX {
             return Ok(String::new());
         }
-        Ok(self.show(&text))
+        let new = self.behind_what_was_shown(&text);
+        self.tokens.drain(..self.shown);
+        self.shown = self.tokens.len();
+        self.bytes = self.tokenizer.decode(&self.tokens)?.len();
+        Ok(new)
     }
 
     /// What was held back.
-    fn rest(&mut self) -> Result<String, DataError> {
-        let text = self.tokenizer.decode(&self.tokens)?;
-        Ok(self.show(&text))
+    fn rest(&self) -> Result<String, DataError> {
+        Ok(self.behind_what_was_shown(&self.tokenizer.decode(&self.tokens)?))
     }
 
-    fn show(&mut self, text: &str) -> String {
-        let new = text.get(self.bytes..).unwrap_or_default().to_owned();
-        self.bytes = text.len();
-        new
+    fn behind_what_was_shown(&self, text: &str) -> String {
+        // What was shown stays as it is, even if the decoder now has other characters there.
+        text[text.ceil_char_boundary(self.bytes)..].to_owned()
     }
 }
 
@@ -171,6 +186,7 @@ mod tests {
         checkpoint,
         tokenizer::{BYTE_END_OF_TEXT, BYTE_END_OF_TEXT_ID, byte_tokenizer_json},
     };
+    use proptest::prelude::*;
 
     use super::*;
     use crate::local_training::tests::{Site, test_device};
@@ -227,10 +243,70 @@ mod tests {
     #[test]
     fn a_character_is_shown_once_it_is_whole() {
         let tokenizer = Tokenizer::byte();
-        let mut shown = Shown { tokenizer: &tokenizer, tokens: Vec::new(), bytes: 0 };
+        let mut shown = Shown::new(&tokenizer);
         let pieces: Vec<String> = "a\u{e9}b".bytes().map(|byte| shown.push(byte.into()).unwrap()).collect();
         assert_eq!(pieces, ["a", "", "\u{e9}", "b"]);
         assert_eq!(shown.push(0xC3).unwrap() + &shown.rest().unwrap(), "\u{FFFD}");
+    }
+
+    /// A tokenizer as LLaMA 2 has it: words begin with U+2581, the first blank of a text is stripped, and characters
+    /// that are no tokens are written as bytes. Of its 9 tokens, 0 ends a document.
+    fn words_and_bytes() -> Tokenizer {
+        let tokens =
+            ["</s>", "\u{2581}", "\u{2581}the", "\u{2581}a", "n", "\u{e9}", "<0xC3>", "<0xA9>", "<0xF0>"];
+        let vocabulary: serde_json::Map<_, _> =
+            tokens.iter().enumerate().map(|(id, token)| ((*token).to_owned(), id.into())).collect();
+        let json = serde_json::json!({
+            "version": "1.0",
+            "truncation": null,
+            "padding": null,
+            "added_tokens": [{
+                "id": 0, "content": "</s>", "special": true, "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false,
+            }],
+            "normalizer": null,
+            "pre_tokenizer": null,
+            "post_processor": null,
+            "decoder": {"type": "Sequence", "decoders": [
+                {"type": "Replace", "pattern": {"String": "\u{2581}"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ]},
+            "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+        });
+        Tokenizer::from_json(json.to_string().as_bytes(), "</s>").unwrap()
+    }
+
+    fn check_shown(tokenizer: &Tokenizer, tokens: &[u32]) {
+        let mut shown = Shown::new(tokenizer);
+        let mut text = String::new();
+        for token in tokens {
+            text += &shown.push((*token).into()).unwrap();
+            assert!(shown.tokens.len() <= 2 * HELD_BACK_MAX, "the whole text is decoded anew");
+        }
+        assert_eq!(text + &shown.rest().unwrap(), tokenizer.decode(tokens).unwrap(), "{tokens:?}");
+    }
+
+    /// Tokens of [`words_and_bytes`], those of a character together.
+    const WORDS: [&[u32]; 7] = [&[0], &[1], &[2], &[3], &[4], &[5], &[6, 7]];
+
+    proptest! {
+        #[test]
+        fn what_is_shown_piece_by_piece_is_the_text_of_all_tokens(
+            // Bytes of whole characters: the library's decoder takes back such as it gave, when others follow.
+            words in prop::collection::vec(prop::sample::select(WORDS.to_vec()), 0..100),
+            bytes in prop::collection::vec(prop::sample::select(vec![0x41, 0xC3, 0xA9, 0xF0, 0x9F, 0x98, 0x80]), 0..200),
+        ) {
+            check_shown(&words_and_bytes(), &words.concat());
+            check_shown(&Tokenizer::byte(), &bytes);
+        }
+    }
+
+    #[test]
+    fn what_is_no_text_is_not_held_back_for_ever() {
+        check_shown(&Tokenizer::byte(), &[0x80; 100]);
+        check_shown(&words_and_bytes(), &[7; 100]);
     }
 
     #[test]

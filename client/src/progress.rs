@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use consort_common::ids::RunName;
 use consort_proto::v1::{ClientActivity, Progress, ReportProgressRequest};
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use tonic::Request;
 
 use crate::link::Link;
@@ -64,8 +64,10 @@ impl Reporter {
                 let message = ReportProgressRequest { session_id: session.id, progress: Some(progress) };
                 let mut request = Request::new(message);
                 request.set_timeout(CALL_TIMEOUT);
-                if let Err(status) = session.client.report_progress(request).await {
-                    tracing::debug!("a progress report was dropped: {}", status.message());
+                let sent = Instant::now();
+                match session.client.report_progress(request).await {
+                    Ok(_) => session.round_trip.took(sent.elapsed()),
+                    Err(status) => tracing::debug!("a progress report was dropped: {}", status.message()),
                 }
             }
             tokio::time::sleep(INTERVAL).await;

@@ -22,7 +22,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::{
     backoff::{Backoff, NETWORK, REFUSED},
-    link::{LinkKeeper, Session, describe, request},
+    link::{LinkKeeper, RoundTrip, Session, describe, request},
     supervisor::Standing,
     work::Work,
 };
@@ -149,7 +149,8 @@ where
     greet(&joined);
     let wait = WaitForAssignmentRequest { session_id: joined.session_id.clone() };
     let instructions = client.wait_for_assignment(wait).await.map_err(SessionError::Lost)?.into_inner();
-    Ok((Session { id: joined.session_id, client, generation }, instructions))
+    let session = Session { id: joined.session_id, client, generation, round_trip: RoundTrip::default() };
+    Ok((session, instructions))
 }
 
 /// A client with the protocol's message size.

@@ -189,8 +189,10 @@ impl<'a, T: Clone + Serialize + Send + 'static> Steps<'a, T> {
         writer: Writer,
         checkpoint_interval: Duration,
     ) -> Result<Self, StepsError> {
+        let clock = (Instant::now(), Duration::ZERO);
         let feed = text.feed(&progress.cursor)?;
-        let clock = (Instant::now(), feed.waited());
+        // What a training that was given up did not read is none of this one's.
+        trainer.take_results()?;
         Ok(Self {
             trainer,
             feed,

@@ -30,6 +30,10 @@ const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
 const SPECIAL_TOKENS_FILE: &str = "special_tokens_map.json";
 const GENERATION_CONFIG_FILE: &str = "generation_config.json";
 
+/// The key, in the header of the weights, of whether attention was kept within documents in training:
+/// `training.document_mask` of the specification, "true" or "false". `transformers` ignores it.
+pub const DOCUMENT_MASK: &str = "consort_document_mask";
+
 /// Why a checkpoint could not be written or read.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {

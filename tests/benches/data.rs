@@ -51,13 +51,13 @@ struct Arguments {
 
 fn main() {
     let arguments = Arguments::parse();
-    let client = binaries::client();
+    let (client, consort) = (binaries::client(), binaries::consort());
     let folder = tempfile::tempdir().expect("a temporary directory can be made");
     let path = |name: &str| folder.path().join(name);
     let corpora = root().join(".cache/corpora");
     let bytes = write_corpus(&corpora, &path("text"), arguments.megabytes * 1_000_000);
     let vocabulary = arguments.vocabulary.to_string();
-    run(Command::new(&client)
+    run(Command::new(&consort)
         .args(["tokenizer", "train", "--vocabulary", &vocabulary, "--data"])
         .arg(&corpora)
         .arg("--out")

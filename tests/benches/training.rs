@@ -1,17 +1,20 @@
 //! The training step beside PyTorch's, in eager mode, of the same model written plainly
 //! (`training/reference.py`): prints a table.
 //!
-//! `cargo bench --profile dev -p consort-tests --bench training [-- THREADS]`. With the dev profile, as the bindings of
-//! libtorch take minutes to compile for another one, and what is measured happens in libtorch: the same version
-//! on both sides, with the same threads and `OMP_WAIT_POLICY=passive`. Both programs stay loaded and take turns, a
-//! few steps each, so that both see the same machine; a ratio is the median over turns of ours to theirs. Memory
+//! `cargo bench --profile dev -p consort-tests --bench training [-- THREADS] [--bf16]`. With the dev profile, as the
+//! bindings of libtorch take minutes to compile for another one, and what is measured happens in libtorch: the same
+//! version on both sides, with the same threads and `OMP_WAIT_POLICY=passive`. Both programs stay loaded and take turns,
+//! a few steps each, so that both see the same machine; a ratio is the median over turns of ours to theirs. Memory
 //! is the most that each process held, in all. `CONSORT_TEST_DEVICE` chooses the device; on a GPU the
-//! utilisation of its peak (MFU) is printed too.
+//! utilisation of its peak (MFU) is printed too. A last row is ours with attention kept within documents beside ours
+//! without.
+//!
+//! `--bf16` measures one small model in bf16 beside PyTorch's autocast instead: a CPU without products in bf16 crawls.
 
 use std::{
     fs,
     io::{BufRead, BufReader, Write},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
 };
 
@@ -27,6 +30,8 @@ struct Case {
     model: &'static str,
     batch_size: u32,
     sequence_length: u32,
+    /// Further lines of the specification's `[training]`.
+    training: &'static str,
 }
 
 const CASES: [Case; 3] = [
@@ -46,6 +51,7 @@ rms_norm_eps = 1e-5
 tie_word_embeddings = true"#,
         batch_size: 8,
         sequence_length: 256,
+        training: "",
     },
     Case {
         name: "llama, 124M",
@@ -63,6 +69,7 @@ rms_norm_eps = 1e-5
 tie_word_embeddings = true"#,
         batch_size: 2,
         sequence_length: 256,
+        training: "",
     },
     Case {
         name: "gpt2, 124M",
@@ -76,68 +83,115 @@ n_head = 12
 layer_norm_epsilon = 1e-5"#,
         batch_size: 2,
         sequence_length: 256,
+        training: "",
     },
 ];
 
+/// Small enough for a CPU without products in bf16.
+const BF16: Case = Case {
+    name: "llama, 0.7M",
+    steps: 1,
+    model: r#"architecture = "llama"
+vocab_size = 1024
+hidden_size = 128
+intermediate_size = 384
+num_hidden_layers = 2
+num_attention_heads = 4
+num_key_value_heads = 4
+max_position_embeddings = 128
+rope_theta = 10000.0
+rms_norm_eps = 1e-5
+tie_word_embeddings = true"#,
+    batch_size: 4,
+    sequence_length: 128,
+    training: "precision = \"bf16\"\n",
+};
+
 fn main() {
     // cargo hands its own arguments on.
-    let threads = std::env::args().skip(1).find_map(|argument| argument.parse::<usize>().ok()).unwrap_or(2);
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let threads = arguments.iter().find_map(|argument| argument.parse::<usize>().ok()).unwrap_or(2);
+    let bf16 = arguments.iter().any(|argument| argument == "--bf16");
     let device = std::env::var("CONSORT_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
     let Some(python) = python::environment() else { return };
-    println!("{device}, {threads} threads, {TURNS} turns");
+    let place = Place { device, threads: threads.to_string() };
+    println!("{}, {threads} threads, {TURNS} turns, {}", place.device, if bf16 { "bf16" } else { "fp32" });
     println!("                    tokens/s             ratio                  peak memory, GB       MFU");
     println!("model            ours  PyTorch   median (least to most)          ours  PyTorch      ours");
-    let mut medians = Vec::new();
-    for case in &CASES {
-        medians.push(measure(case, &python, &device, threads));
-    }
+    let cases = if bf16 { std::slice::from_ref(&BF16) } else { CASES.as_slice() };
+    let medians: Vec<f64> = cases.iter().map(|case| beside_pytorch(case, &python, &place)).collect();
     println!("mean of the medians: {:.3}", medians.iter().sum::<f64>() / medians.len() as f64);
+    if !bf16 {
+        documents_apart(&CASES[0], &place);
+    }
+}
+
+/// Where both sides compute.
+struct Place {
+    device: String,
+    threads: String,
+}
+
+impl Case {
+    /// Writes its specification into `folder`, with these further lines of `[training]`.
+    fn write(&self, folder: &Path, name: &str, training: &str) -> PathBuf {
+        let Self { model, batch_size, sequence_length, .. } = self;
+        let text = format!(
+            "name = \"bench\"\nrounds = 1\n[model]\n{model}\n[training]\nbatch_size = {batch_size}\n\
+             sequence_length = {sequence_length}\ngradient_clip = 1.0\n{training}"
+        );
+        let path = folder.join(name);
+        fs::write(&path, text).expect("the specification can be written");
+        path
+    }
 }
 
 /// Prints the row of a case, and returns the median of its ratios.
-fn measure(case: &Case, python: &Path, device: &str, threads: usize) -> f64 {
+fn beside_pytorch(case: &Case, python: &Path, place: &Place) -> f64 {
     let folder = tempfile::tempdir().expect("a temporary directory can be made");
-    let specification = folder.path().join("bench.toml");
-    let Case { model, batch_size, sequence_length, .. } = case;
-    let text = format!(
-        "name = \"bench\"\nrounds = 1\n[model]\n{model}\n[training]\nbatch_size = {batch_size}\n\
-         sequence_length = {sequence_length}\ngradient_clip = 1.0\n"
-    );
-    fs::write(&specification, text).expect("the specification can be written");
-    let (threads, steps) = (threads.to_string(), case.steps.to_string());
-    let mut ours = Program::start(Command::new(binaries::client()).arg("bench").arg(&specification).args([
-        "--json",
-        "--on-line",
-        "--steps",
+    let specification = case.write(folder.path(), "bench.toml", case.training);
+    let steps = case.steps.to_string();
+    let theirs = Program::start(python::script(python, "training/bench.py").arg(&specification).args([
+        &place.device,
+        &place.threads,
         &steps,
-        "--device",
-        device,
-        "--threads",
-        &threads,
     ]));
-    let mut theirs = Program::start(
-        python::script(python, "training/bench.py").arg(&specification).args([device, &threads, &steps]),
-    );
-    let mut turns: Vec<(Value, Value)> = (0..TURNS).map(|_| (ours.turn(), theirs.turn())).collect();
+    measure(case.name, Program::ours(&specification, &steps, place), theirs)
+}
+
+/// Prints what a mask that keeps documents apart costs: ours with it, beside ours without.
+fn documents_apart(case: &Case, place: &Place) {
+    let folder = tempfile::tempdir().expect("a temporary directory can be made");
+    let programs = ["document_mask = true\n", ""].map(|training| {
+        let specification = case.write(folder.path(), &format!("{}.toml", training.len()), training);
+        Program::ours(&specification, &case.steps.to_string(), place)
+    });
+    let [with, without] = programs;
+    println!("{}, documents apart (left) beside not (right):", case.name);
+    measure("document_mask", with, without);
+}
+
+/// Prints a row about two programs that take turns, and returns the median of the ratios of the first to the second.
+fn measure(name: &str, mut left: Program, mut right: Program) -> f64 {
+    let mut turns: Vec<(Value, Value)> = (0..TURNS).map(|_| (left.turn(), right.turn())).collect();
     let number = |value: &Value, key: &str| value[key].as_f64().expect("a measurement has its numbers");
     let ratio =
         |turn: &(Value, Value)| number(&turn.0, "tokens_per_second") / number(&turn.1, "tokens_per_second");
     turns.sort_by(|left, right| ratio(left).total_cmp(&ratio(right)));
-    let (ours, theirs) = &turns[TURNS / 2];
+    let (left, right) = &turns[TURNS / 2];
     let gigabytes = |value: &Value| number(value, "peak_memory_bytes") / 1e9;
-    let utilisation = ours["model_flops_utilisation"]
+    let utilisation = left["model_flops_utilisation"]
         .as_f64()
         .map_or("-".to_owned(), |utilisation| format!("{:.1} %", utilisation * 100.0));
     println!(
-        "{:12}  {:7.0}  {:7.0}    {:5.3} ({:.3} to {:.3})             {:5.2}    {:5.2}    {utilisation:>6}",
-        case.name,
-        number(ours, "tokens_per_second"),
-        number(theirs, "tokens_per_second"),
+        "{name:13} {:7.0}  {:7.0}    {:5.3} ({:.3} to {:.3})             {:5.2}    {:5.2}    {utilisation:>6}",
+        number(left, "tokens_per_second"),
+        number(right, "tokens_per_second"),
         ratio(&turns[TURNS / 2]),
         ratio(&turns[0]),
         ratio(&turns[TURNS - 1]),
-        gigabytes(ours),
-        gigabytes(theirs),
+        gigabytes(left),
+        gigabytes(right),
     );
     ratio(&turns[TURNS / 2])
 }
@@ -150,6 +204,13 @@ struct Program {
 }
 
 impl Program {
+    /// Our side of a specification, so many steps at a time.
+    fn ours(specification: &Path, steps: &str, place: &Place) -> Self {
+        let arguments =
+            ["--json", "--on-line", "--steps", steps, "--device", &place.device, "--threads", &place.threads];
+        Self::start(Command::new(binaries::client()).arg("bench").arg(specification).args(arguments))
+    }
+
     fn start(command: &mut Command) -> Self {
         let mut child = command
             .env("OMP_WAIT_POLICY", "passive")

@@ -1,6 +1,6 @@
 //! `consort-client train`: whatever instant it is killed at, it goes on to the same losses and the same weights.
 //!
-//! CPU, one thread. A checkpoint is under way nearly all the time, so that kills hit its writing.
+//! CPU, one thread unless said otherwise. A checkpoint is under way nearly all the time, so that kills hit its writing.
 
 use std::{
     fs,
@@ -42,14 +42,16 @@ tokens_max = 640
 /// A folder with a specification and a text, where trainings are made.
 struct Workplace {
     folder: tempfile::TempDir,
+    /// Of libtorch.
+    threads: u32,
 }
 
 impl Workplace {
-    fn new() -> Self {
+    fn with_threads(threads: u32) -> Self {
         let folder = tempfile::tempdir().expect("a temporary directory");
         fs::write(folder.path().join("spec.toml"), SPEC).expect("the specification can be written");
         texts::write(&folder.path().join("data"), 1, 300);
-        Self { folder }
+        Self { folder, threads }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -62,7 +64,8 @@ impl Workplace {
         command
             .current_dir(self.folder.path())
             .args(["train", "spec.toml", "--data", "data", "--out", name])
-            .args(["--device", "cpu", "--threads", "1", "--checkpoint-seconds", "0"])
+            .args(["--device", "cpu", "--checkpoint-seconds", "0"])
+            .arg(format!("--threads={}", self.threads))
             .args(["--log-every", "1", "--evaluate-every", "100"])
             .args(arguments);
         command
@@ -115,20 +118,19 @@ fn digests(checkpoint: &Path) -> Vec<(String, String)> {
     files
 }
 
-#[test]
-fn ten_random_kills_of_local_training_change_no_loss_and_no_weight() {
-    const KILLS: u32 = 10;
+/// Trains undisturbed, and again with so many kills, each within a share of the time that the whole takes; both must come
+/// to the same.
+fn check_random_kills(workplace: &Workplace, kills: u32, longest_share: f64) {
     let given = std::env::var("CONSORT_KILL_SEED").ok();
     let seed = given.map_or_else(rand::random, |seed| seed.parse().expect("CONSORT_KILL_SEED is a number"));
     println!("replay with CONSORT_KILL_SEED={seed}");
     let mut random = ChaCha8Rng::seed_from_u64(seed);
-    let workplace = Workplace::new();
     let whole = workplace.finish("quiet", &[]);
-    for kill in 1..=KILLS {
+    for kill in 1..=kills {
         let mut process = workplace.start("killed", &[]);
-        // The instant is the fault that is injected, not a wait for something. Ten such parts do not make
+        // The instant is the fault that is injected, not a wait for something. All such parts do not make
         // the whole, since each begins with the start of a process.
-        std::thread::sleep(whole.mul_f64(random.random_range(0.0..0.15)));
+        std::thread::sleep(whole.mul_f64(random.random_range(0.0..longest_share)));
         assert!(process.is_running(), "kill {kill} came too late to matter; make the training longer");
         process.kill();
     }
@@ -140,8 +142,18 @@ fn ten_random_kills_of_local_training_change_no_loss_and_no_weight() {
 }
 
 #[test]
+fn ten_random_kills_of_local_training_change_no_loss_and_no_weight() {
+    check_random_kills(&Workplace::with_threads(1), 10, 0.15);
+}
+
+#[test]
+fn nor_do_random_kills_of_local_training_with_two_threads() {
+    check_random_kills(&Workplace::with_threads(2), 5, 0.25);
+}
+
+#[test]
 fn local_training_that_is_asked_to_stop_says_how_to_go_on_and_does() {
-    let workplace = Workplace::new();
+    let workplace = Workplace::with_threads(1);
     workplace.finish("quiet", &[]);
     let process = workplace.start("stopped", &[]);
     let metrics = workplace.path("stopped.training/metrics.csv");
@@ -160,7 +172,7 @@ fn local_training_that_is_asked_to_stop_says_how_to_go_on_and_does() {
 
 #[test]
 fn a_training_starts_from_a_checkpoint_with_phases_of_its_own() {
-    let workplace = Workplace::new();
+    let workplace = Workplace::with_threads(1);
     workplace.finish("first", &["--steps", "100"]);
     workplace.finish("second", &["--steps", "100", "--from", "first"]);
     let (first, second) = (workplace.rows("first"), workplace.rows("second"));
@@ -193,33 +205,56 @@ fn a_training_starts_from_a_checkpoint_with_phases_of_its_own() {
 
 #[test]
 fn what_is_measured_at_the_end_of_training_is_what_evaluate_measures() {
-    let workplace = Workplace::new();
-    let trained = workplace.command("model", &["--steps", "20", "--json"]).output();
-    let evaluate = ["evaluate", "model", "data", "--held-out-only", "--held-out-fraction", "0.1"];
-    let evaluated = Command::new(binaries::client())
-        .current_dir(workplace.folder.path())
-        .args(evaluate)
-        .args([
-            "--sequence-length",
-            "32",
-            "--tokens-max",
-            "640",
-            "--json",
-            "--device",
-            "cpu",
-            "--threads",
-            "1",
-        ])
-        .output();
-    let [trained, evaluated] = [trained, evaluated].map(|output| -> Value {
-        let output = output.expect("a program can be run");
-        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}\n{errors}"))
-    });
-    assert_eq!(
-        (&trained["tokens"], &trained["text_bytes"]),
-        (&evaluated["tokens"], &evaluated["text_bytes"])
-    );
-    let loss = |value: &Value| value["loss"].as_f64().expect("a loss is a number");
-    assert!((loss(&trained) - loss(&evaluated)).abs() < 1e-4, "{trained} {evaluated}");
+    for document_mask in [false, true] {
+        let workplace = Workplace::with_threads(1);
+        let mask = format!("document_mask = {document_mask}\n\n[evaluation]");
+        fs::write(workplace.path("spec.toml"), SPEC.replace("[evaluation]", &mask))
+            .expect("the specification can be written");
+        // Documents so short that all sequences have several.
+        let document = |number: u32| format!("{{\"text\": \"{number} is {number}.\"}}\n");
+        let documents: String = (1000..4000).map(document).collect();
+        fs::write(workplace.path("data/corpus.jsonl"), documents).expect("the text can be written");
+        let trained = json(&mut workplace.command("model", &["--steps", "100", "--json"]));
+        // Whether documents are kept apart, the checkpoint says.
+        let evaluated = evaluate(&workplace, &[]);
+        assert_eq!(
+            (&trained["tokens"], &trained["text_bytes"]),
+            (&evaluated["tokens"], &evaluated["text_bytes"])
+        );
+        assert!((loss(&trained) - loss(&evaluated)).abs() < 1e-4, "{trained} {evaluated}");
+        let otherwise = evaluate(&workplace, &[&format!("--document-mask={}", !document_mask)]);
+        assert!((loss(&otherwise) - loss(&evaluated)).abs() > 1e-4, "{otherwise} {evaluated}");
+    }
+}
+
+/// What `evaluate` says of the checkpoint `model` on the text that training held out.
+fn evaluate(workplace: &Workplace, arguments: &[&str]) -> Value {
+    json(
+        Command::new(binaries::client())
+            .current_dir(workplace.folder.path())
+            .args(["evaluate", "model", "data", "--held-out-only", "--held-out-fraction", "0.1"])
+            .args([
+                "--sequence-length",
+                "32",
+                "--tokens-max",
+                "640",
+                "--json",
+                "--device",
+                "cpu",
+                "--threads",
+                "1",
+            ])
+            .args(arguments),
+    )
+}
+
+fn loss(value: &Value) -> f64 {
+    value["loss"].as_f64().expect("a loss is a number")
+}
+
+/// The JSON document that a command prints.
+fn json(command: &mut Command) -> Value {
+    let output = command.output().expect("a program can be run");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}\n{errors}"))
 }

@@ -1,4 +1,5 @@
-"""Trains as the trainer's parity test does, and prints the losses as a JSON list. Usage: parity.py CASE
+"""Trains as the trainer's parity test does, and prints losses and learning rates of all steps as JSON. Usage:
+parity.py CASE
 
 CASE is a JSON file: `model`, a specification's `[model]` table; `tensors`, names and shapes in the order of the flat
 vector; `parameters` and `tokens`, files with the initial flat vector (f32) and the batches of all steps (int64,
@@ -59,19 +60,36 @@ def make_optimizers(model, o):
 
 def make_schedule(optimizer, s, steps):
     """From torch where it has one that begins its warm-up as ours does, else from transformers."""
-    warmup = s.get("warmup_steps", 0)
+    warmup, begin = s["warmup_steps"], s["warmup_from"]
     if s["kind"] == "warmup-stable-decay":
         assert warmup == 0, "there the first step's rate would be 0"
         return transformers.get_wsd_schedule(
             optimizer, 0, s["decay_steps"], num_training_steps=steps, decay_type="1-sqrt", min_lr_ratio=0
         )
     scheduler = torch.optim.lr_scheduler
-    rise = scheduler.LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
+    first = begin + (1 - begin) / warmup
+    rise = scheduler.LinearLR(optimizer, start_factor=first, total_iters=warmup - 1)
     if s["kind"] == "constant":
+        assert s["fraction"] == 1
         return rise
-    floor = optimizer.param_groups[0]["initial_lr"] * s["final_fraction"]
-    fall = scheduler.CosineAnnealingLR(optimizer, T_max=steps - warmup, eta_min=floor)
+    peak = optimizer.param_groups[0]["initial_lr"]
+    if s["kind"] == "infinite":
+        return infinite(optimizer, s, steps, rise, peak)
+    fall = scheduler.CosineAnnealingLR(optimizer, T_max=steps - warmup, eta_min=peak * s["final_fraction"])
     return scheduler.SequentialLR(optimizer, [rise, fall], milestones=[warmup])
+
+
+def infinite(optimizer, s, steps, rise, peak):
+    """Section 7.4 of arXiv 2403.08763, a scheduler for each phase, which counts from its own beginning."""
+    scheduler = torch.optim.lr_scheduler
+    constant, annealing = s["constant_fraction"], s["annealing_steps"]
+    cool = scheduler.CosineAnnealingLR(optimizer, T_max=s["cooldown_steps"], eta_min=peak * constant)
+    hold = scheduler.LambdaLR(optimizer, lambda step: constant)
+    fall = math.log(s["final_fraction"] / constant) / annealing
+    anneal = scheduler.LambdaLR(optimizer, lambda step: constant * math.exp(fall * step))
+    cooled = s["warmup_steps"] + s["cooldown_steps"]
+    milestones = [s["warmup_steps"], cooled, steps - annealing]
+    return scheduler.SequentialLR(optimizer, [rise, cool, hold, anneal], milestones=milestones)
 
 
 def main():
@@ -91,8 +109,9 @@ def main():
     batches = tokens.view(-1, sequences, length)
     optimizers = make_optimizers(model, case["optimizer"])
     schedules = [make_schedule(optimizer, case["schedule"], len(batches)) for optimizer in optimizers]
-    losses = []
+    losses, rates = [], []
     for batch in batches:
+        rates.append(optimizers[0].param_groups[0]["lr"])
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=case["precision"] == "bf16"):
             loss = reference.loss_of(model, batch)
         loss.backward()
@@ -102,7 +121,7 @@ def main():
             optimizer.zero_grad()
             schedule.step()
         losses.append(loss.item())
-    print(json.dumps(losses))
+    print(json.dumps({"losses": losses, "rates": rates}))
 
 
 main()

@@ -223,6 +223,7 @@ impl Driver {
             ("consort_version", version.to_string()),
             ("consort_model_blake3", model.digest().to_string()),
             ("consort_spec_blake3", material.spec_digest.to_string()),
+            (checkpoint::DOCUMENT_MASK, material.spec.training.document_mask.to_string()),
         ];
         let metadata = metadata.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
         let mut values = model.reader();

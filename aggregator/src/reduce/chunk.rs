@@ -19,7 +19,7 @@ use super::{
     broadcast::{self, Rounding},
     damaged, kernel,
     outer::{self, Moments},
-    statistics::Sums,
+    statistics::{Lanes, Sums},
 };
 use crate::{
     aligned::AlignedVec,
@@ -78,16 +78,7 @@ pub(super) struct FoldedChunk {
     pub(super) record: ChunkRecord,
     /// Of the payloads that went in, in canonical order.
     pub(super) digests: Box<[Digest]>,
-    pub(super) delta_square: f64,
-    pub(super) update_square: f64,
     pub(super) sums: Sums,
-}
-
-/// Two sums of squares that grow tile by tile.
-#[derive(Default)]
-struct Squares {
-    delta: [f64; kernel::LANES],
-    update: [f64; kernel::LANES],
 }
 
 impl Inputs {
@@ -178,9 +169,10 @@ impl Inputs {
             codec.encode(if update { &parameters[..] } else { &base[..] }, sent);
         }
         parameters.copy_from_slice(base);
-        let sums = Sums::of_chunk(parameters, base, momentum, previous);
+        let mut lanes = Lanes::default();
+        lanes.add(parameters, base, momentum, previous);
         let record = new.write(index, scratch.new_chunk(update))?;
-        Ok(FoldedChunk { record, digests: Box::default(), delta_square: 0.0, update_square: 0.0, sums })
+        Ok(FoldedChunk { record, digests: Box::default(), sums: lanes.sums() })
     }
 
     /// Averages chunk `index` of the model, which is chunk `position` of the deltas, and writes what the outer step
@@ -193,27 +185,25 @@ impl Inputs {
         new: &NewVersion,
     ) -> Result<FoldedChunk, ReduceError> {
         let length = scratch.base.len();
-        scratch.sums.fill(0.0);
         let mut digests = Vec::with_capacity(self.shares.len());
         for group in self.shares.chunks(GROUP_DELTAS) {
             self.accumulate(position, group, scratch, &mut digests)?;
         }
-        let mut squares = Squares::default();
+        let mut lanes = Lanes::default();
         let mut tiles = (0..length).step_by(self.tile_parameters);
         let stepped = tiles.try_for_each(|begin| {
             let end = (begin + self.tile_parameters).min(length);
-            self.step(scratch, begin, end, &mut squares)
+            self.step(scratch, begin, end, &mut lanes)
         });
 
         // One value that is not finite makes a sum of squares so.
-        let delta_square = squares.delta.iter().sum::<f64>();
-        if !delta_square.is_finite() {
+        let sums = lanes.sums();
+        if !sums.delta_squares.is_finite() {
             self.find_not_finite(position, scratch)?;
         }
         stepped.map_err(|at| self.not_finite(index, at))?;
-        let update_square = squares.update.iter().sum::<f64>();
         // Momentum takes the parameters with it.
-        if !update_square.is_finite() {
+        if !sums.update_squares.is_finite() {
             let at = scratch.parameters.iter().position(|value| !value.is_finite());
             return Err(self.not_finite(index, at.unwrap_or_default()));
         }
@@ -221,16 +211,8 @@ impl Inputs {
         if let Some(at) = scratch.second_moment.iter().position(|value| !value.is_finite()) {
             return Err(self.not_finite(index, at));
         }
-        let Scratch { parameters, base, momentum, previous, .. } = &*scratch;
-        let sums = Sums::of_chunk(parameters, base, momentum, previous);
         let chunk = scratch.new_chunk(self.base.layout().update_of(new.version()).is_some());
-        Ok(FoldedChunk {
-            record: new.write(index, chunk)?,
-            digests: digests.into(),
-            delta_square,
-            update_square,
-            sums,
-        })
+        Ok(FoldedChunk { record: new.write(index, chunk)?, digests: digests.into(), sums })
     }
 
     /// Reads chunk `index` of each delta of a group and adds them to the sums; adds the digests of what was added
@@ -242,6 +224,7 @@ impl Inputs {
         scratch: &mut Scratch,
         digests: &mut Vec<Digest>,
     ) -> Result<(), ReduceError> {
+        let is_first = digests.is_empty();
         let Scratch { payloads, sums, decoded, .. } = scratch;
         for (share, payload) in group.iter().zip(&mut *payloads) {
             let digest = share.delta.read(index, payload);
@@ -251,6 +234,9 @@ impl Inputs {
         let (all_fp32, all_bf16) = (all_are(Encoding::Fp32), all_are(Encoding::Bf16));
         for (at, sums) in sums.chunks_mut(self.tile_parameters).enumerate() {
             let (begin, length) = (at * self.tile_parameters, sums.len());
+            if is_first {
+                sums.fill(0.0);
+            }
             let weights = group.iter().map(|share| share.weight / self.total_weight);
             // Tiles begin at multiples of the encoding's block.
             let tiles = group.iter().zip(&*payloads).map(|(share, payload)| {
@@ -286,24 +272,22 @@ impl Inputs {
 
     /// Takes a tile from its sums to what the sites will hold; the error is the position of a value in the
     /// chunk that is not finite.
-    fn step(
-        &self,
-        scratch: &mut Scratch,
-        begin: usize,
-        end: usize,
-        squares: &mut Squares,
-    ) -> Result<(), usize> {
-        let Scratch { sums, base, momentum, second_moment, residual, parameters, sent, delta, .. } = scratch;
+    fn step(&self, scratch: &mut Scratch, begin: usize, end: usize, lanes: &mut Lanes) -> Result<(), usize> {
+        let Scratch {
+            sums, base, momentum, second_moment, residual, parameters, previous, sent, delta, ..
+        } = scratch;
         let delta = &mut delta[..end - begin];
         let sums = &mut sums[begin..end];
         let base = &base[begin..end];
         let parameters = &mut parameters[begin..end];
+        let previous = previous.get(begin..end).unwrap_or_default();
+        let momentum = momentum.get_mut(begin..end).unwrap_or_default();
         let moments = Moments {
-            momentum: momentum.get_mut(begin..end).unwrap_or_default(),
+            momentum: &mut *momentum,
             second: second_moment.get_mut(begin..end).unwrap_or_default(),
         };
         let residual = residual.get_mut(begin..end).unwrap_or_default();
-        kernel::round(sums, delta, &mut squares.delta);
+        kernel::round(sums, delta, &mut lanes.delta);
         if residual.is_empty() {
             outer::step(&self.optimizer, delta, base, parameters, moments);
         } else {
@@ -322,7 +306,7 @@ impl Inputs {
             let at = parameters.iter().position(|value| !value.is_finite());
             return Err(begin + at.unwrap_or_default());
         }
-        kernel::add_squares(&mut squares.update, parameters, base);
+        lanes.add(parameters, base, momentum, previous);
         Ok(())
     }
 

@@ -199,13 +199,12 @@ impl RoundFold {
         }
         let mut sums = Sums::default();
         folded.iter().for_each(|chunk| sums.add(chunk.sums));
-        let update_square = folded.iter().map(|chunk| chunk.update_square).sum::<f64>();
         let records: Vec<_> = folded.iter().map(|chunk| chunk.record).collect();
         Ok(Reduction {
             version: new.finish(&records)?,
-            delta_norm: folded.iter().map(|chunk| chunk.delta_square).sum::<f64>().sqrt(),
-            update_norm: update_square.sqrt(),
-            statistics: sums.statistics(update_square, inputs.base.layout().momentum),
+            delta_norm: sums.delta_squares.sqrt(),
+            update_norm: sums.update_squares.sqrt(),
+            statistics: sums.statistics(inputs.base.layout().momentum),
         })
     }
 }

@@ -70,7 +70,9 @@ fn add<V: Value, const N: usize>(sums: &mut [f64], weighted: [(f64, &[V]); N]) {
     }
 }
 
-/// Rounds each sum to the nearest f32, and adds the squares of these as [`add_squares`] does.
+/// Rounds each sum to the nearest f32, and adds the squares of these to interleaved partial sums: that of value i
+/// goes to lane i mod [`LANES`]. The lanes are then added in order. A function of the values alone, as long as all
+/// pieces but the last have a multiple of [`LANES`].
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl", "x86_64+avx2"))]
 pub(super) fn round(sums: &[f64], mean: &mut [f32], lanes: &mut [f64; LANES]) {
     let round = |sums: &[f64], mean: &mut [f32], lanes: &mut [f64; LANES]| {
@@ -87,25 +89,6 @@ pub(super) fn round(sums: &[f64], mean: &mut [f32], lanes: &mut [f64; LANES]) {
         round(sums, mean, lanes);
     }
     round(rest, mean_rest, lanes);
-}
-
-/// Adds the squares of `new` - `old`, in f64, to interleaved partial sums: value i goes to lane i mod
-/// [`LANES`]. The lanes are then added in order. A function of the values alone, as long as all pieces but the
-/// last have a multiple of [`LANES`].
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl", "x86_64+avx2"))]
-pub(super) fn add_squares(lanes: &mut [f64; LANES], new: &[f32], old: &[f32]) {
-    let add = |lanes: &mut [f64; LANES], new: &[f32], old: &[f32]| {
-        for ((lane, new), old) in lanes.iter_mut().zip(new).zip(old) {
-            let difference = f64::from(*new) - f64::from(*old);
-            *lane += difference * difference;
-        }
-    };
-    let (groups, rest) = new.as_chunks::<LANES>();
-    let (old_groups, old_rest) = old.as_chunks::<LANES>();
-    for (new, old) in groups.iter().zip(old_groups) {
-        add(lanes, new, old);
-    }
-    add(lanes, rest, old_rest);
 }
 
 #[cfg(test)]
@@ -180,10 +163,6 @@ mod tests {
             let mut lanes = [0.0; LANES];
             round(&sums, &mut vec![0.0; values.len()], &mut lanes);
             assert_eq!(lanes.iter().sum::<f64>(), expected);
-            let mut lanes = [0.0; LANES];
-            let old: Vec<f32> = values.iter().map(|value| value * 3.0).collect();
-            add_squares(&mut lanes, &values, &old);
-            assert_eq!(lanes.iter().sum::<f64>(), expected * 4.0);
         };
         check(20, 2870.0);
         check(16, 1496.0);

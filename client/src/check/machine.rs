@@ -5,16 +5,14 @@ use std::path::Path;
 use consort_common::{
     identity::Role,
     spec::RunSpec,
+    text::survey,
     tls::{CredentialFiles, Credentials},
     units,
 };
 
 use super::{Finding, failed, passed, warning};
-use crate::{
-    data::survey,
-    trainer::{
-        Device, DeviceChoice, checkpoint_bytes_needed, describe, memory, memory_bytes_needed, set_threads,
-    },
+use crate::trainer::{
+    Device, DeviceChoice, checkpoint_bytes_needed, describe, memory, memory_bytes_needed, set_threads,
 };
 
 /// Vectors of the model's size that the state directory holds at most: while a round's result is made

@@ -44,21 +44,6 @@ impl Bar {
     }
 }
 
-impl Bar {
-    /// For what says nothing on its way: a spinner that turns by itself, or one line.
-    pub(super) fn waiting(what: &'static str) -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
-            let bar = ProgressBar::new_spinner().with_message(what);
-            bar.enable_steady_tick(Duration::from_millis(100));
-            bar
-        });
-        if bar.is_none() {
-            eprintln!("{what}");
-        }
-        Self { what, bar, last_line: Instant::now() }
-    }
-}
-
 impl Drop for Bar {
     fn drop(&mut self) {
         if let Some(bar) = &self.bar {

@@ -35,9 +35,10 @@ pub(super) struct EvaluateArguments {
     /// Tokens that each sequence predicts, as in the run's specification [default: the context, at most 4096]
     #[arg(long, value_name = "N")]
     sequence_length: Option<usize>,
-    /// Keep attention within documents, as training.document_mask in the run's specification
-    #[arg(long)]
-    document_mask: bool,
+    /// Whether to keep attention within documents, as training.document_mask in the run's specification [default: as
+    /// the checkpoint was trained, if it says so, else false]
+    #[arg(long, value_name = "BOOLEAN", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    document_mask: Option<bool>,
     /// Tokens to measure on at most, spread over the text, as in the run's specification [default: all]
     #[arg(long, value_name = "N")]
     tokens_max: Option<u64>,
@@ -82,7 +83,7 @@ impl EvaluateArguments {
             None => HeldOut::whole(shard, sequence_length, end_of_text)?,
         };
         let mut model = local::load(&checkpoint, device)?;
-        if self.document_mask {
+        if self.document_mask.or(checkpoint.document_mask()).unwrap_or(false) {
             model = model.with_documents_apart(end_of_text);
         }
         let sum = text::measure(&model, &windows)?;

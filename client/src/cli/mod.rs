@@ -9,7 +9,6 @@ mod generate;
 mod logits;
 mod start;
 mod text;
-mod tokenizer;
 mod train;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -81,9 +80,6 @@ enum Command {
     /// Prepare text in advance, print what it consists of, check it
     #[command(subcommand)]
     Data(data::DataCommand),
-    /// Make a tokenizer from text
-    #[command(subcommand)]
-    Tokenizer(tokenizer::TokenizerCommand),
     /// Print every configuration key with its meaning and its default
     Reference,
     /// Print the version of this program and of its protocol
@@ -149,7 +145,6 @@ pub fn main() -> ExitCode {
         Command::Bench(arguments) => tool(log_format, || arguments.run()),
         Command::Logits(arguments) => tool(log_format, || arguments.run()),
         Command::Data(command) => tool(log_format, || command.run()),
-        Command::Tokenizer(command) => tool(log_format, || command.run()),
         Command::Reference => {
             print!("{}", config::REFERENCE);
             ExitCode::SUCCESS

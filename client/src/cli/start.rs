@@ -48,6 +48,16 @@ impl Start {
         Ok(self)
     }
 
+    /// That the specification keeps documents apart where the checkpoint's training did not, or the other way round, in
+    /// words. Which of both is meant the specification alone says, as of all that is trained with.
+    pub(super) fn other_document_mask(&self, spec: &RunSpec) -> Option<String> {
+        let (theirs, ours) = (self.checkpoint.document_mask()?, spec.training.document_mask);
+        (theirs != ours).then(|| {
+            let directory = self.directory.display();
+            format!("training.document_mask is {ours}; {directory} was trained with {theirs}")
+        })
+    }
+
     /// Refuses a specification that is not the checkpoint's.
     pub(super) fn check(&self, spec: &RunSpec, tokenizer_json: &str) -> Result<()> {
         let problems = self.point.problems(spec, Some(&serde_json::from_str(tokenizer_json)?));
@@ -96,8 +106,8 @@ mod tests {
         let flat = architecture.manifest().initialise(1);
         let tokenizer = byte_tokenizer_json().replace("<|endoftext|>", "</s>");
         let (end, id) = ("</s>", BYTE_END_OF_TEXT_ID);
-        checkpoint::write(&path("model"), &architecture, &flat, &tokenizer, end, id, &BTreeMap::new())
-            .unwrap();
+        let metadata = BTreeMap::from([(checkpoint::DOCUMENT_MASK.to_owned(), "true".to_owned())]);
+        checkpoint::write(&path("model"), &architecture, &flat, &tokenizer, end, id, &metadata).unwrap();
         let toml = format!("name = \"a\"\nrounds = 1\nstart.checkpoint = \"model\"\n{lines}");
         fs::write(path("run.toml"), &toml).unwrap();
         let text: String = (0..4000).map(|line| format!("This is line {line} of the text. ")).collect();
@@ -107,6 +117,12 @@ mod tests {
         assert_eq!(named, path("model"));
         let start = Start::open(named, &toml).unwrap().with_parameters().unwrap();
         assert_eq!(start.parameters, flat);
+        if let Ok(mut spec) = RunSpec::parse(&start.specification) {
+            let told = start.other_document_mask(&spec).unwrap();
+            assert!(told.contains("document_mask is false") && told.contains("with true"), "{told}");
+            spec.training.document_mask = true;
+            assert_eq!(start.other_document_mask(&spec), None);
+        }
 
         let arguments = ["run.toml", "--data", "text.txt", "--cache", "cache"];
         let arguments = arguments.map(|argument| match argument.starts_with("--") {

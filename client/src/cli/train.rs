@@ -102,6 +102,9 @@ impl TrainArguments {
         let end_of_text_id = tokenizer.end_of_text();
         if let Some(start) = &start {
             start.check(&spec, &tokenizer_json)?;
+            if let Some(line) = start.other_document_mask(&spec) {
+                eprintln!("{line}");
+            }
         }
         let from = start.as_ref().map(|start| start.directory.display().to_string());
         let start =
@@ -142,6 +145,7 @@ impl TrainArguments {
             ("consort.specification".to_owned(), RunSpec::digest(&toml).to_string()),
             ("consort.trained_alone_by".to_owned(), self.site.to_string()),
             ("consort.steps".to_owned(), steps.to_string()),
+            (checkpoint::DOCUMENT_MASK.to_owned(), spec.training.document_mask.to_string()),
         ]);
         metadata.extend(from.map(|from| ("consort.started_from".to_owned(), from)));
         checkpoint::write(

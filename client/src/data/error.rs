@@ -5,69 +5,33 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::documents::TXT_DOCUMENT_BYTES_MAX;
+use consort_common::text::{Cancelled, STRETCH_BYTES_MAX, TextError};
 
 /// Why a site's text cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
-    /// The source is missing or unreadable.
-    #[error("cannot read the data source {path}: {source}; name a file or directory that this user can read")]
-    Source {
-        /// The source as configured.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// The source holds no file of a known kind.
-    #[error(
-        "no text in {path}: expected files ending in .txt or .jsonl, optionally with .gz or .zst after it, or in \
-         .parquet, and found {other_files} other files; put text there or name another directory"
-    )]
-    NoFiles {
-        /// The source as configured.
-        path: PathBuf,
-        /// Files whose names end otherwise.
-        other_files: u64,
-    },
-    /// There are more files than the listing holds.
-    #[error(
-        "more than {limit} files in {path}: join small documents into .jsonl files, one document per line"
-    )]
-    TooManyFiles {
-        /// The source as configured.
-        path: PathBuf,
-        /// The most that are listed.
-        limit: usize,
-    },
+    /// The sources cannot be read, or hold no text.
+    #[error(transparent)]
+    Text(TextError),
     /// The sources do not go together.
     #[error("the data sources cannot be used: {}", problems.join("; "))]
     Sources {
         /// All that is wrong.
         problems: Vec<String>,
     },
-    /// Files are there, but not one usable document.
-    #[error("no usable document in the {files} files of {paths}; {first_fault}")]
-    NoDocuments {
-        /// The sources as configured.
-        paths: String,
-        /// Files read.
-        files: u64,
-        /// The first thing that was wrong, in words.
-        first_fault: String,
-    },
     /// The text is too little to be split.
     #[error(
-        "of {documents} documents {train} remain for training and {held_out} are held out, and both need at least one: \
-         provide more text (a .txt file counts as one document per {} KiB, a .jsonl file as one per line) or change \
-         evaluation.held_out_fraction",
-        TXT_DOCUMENT_BYTES_MAX >> 10
+        "of {documents} documents {train} have text to train on and {held_out} have held-out text, and both need at \
+         least one: provide more text (a .txt file is one document, held out whole or in stretches of {} KiB; of a \
+         .jsonl file each line is one) or change evaluation.held_out_fraction",
+        STRETCH_BYTES_MAX >> 10
     )]
     EmptySplit {
         /// Distinct documents.
         documents: u64,
-        /// Of them to be trained on.
+        /// Of them with text to be trained on.
         train: u64,
-        /// Of them held out.
+        /// Of them with held-out text.
         held_out: u64,
     },
     /// A shard is shorter than one sequence.
@@ -100,12 +64,6 @@ pub enum DataError {
     #[error("the run's tokenizer.json cannot be used: {reason}; the run's operator must provide another")]
     Tokenizer {
         /// What the tokenizers library said, or what is missing.
-        reason: String,
-    },
-    /// No tokenizer can be made.
-    #[error("a tokenizer cannot be made: {reason}")]
-    TokenizerTraining {
-        /// What is asked too much, or what the tokenizers library said.
         reason: String,
     },
     /// The tokenizer has ids that the model has no embedding for.
@@ -184,6 +142,21 @@ pub enum DataError {
     /// The caller asked to stop.
     #[error("preparing the data was cancelled; nothing was kept")]
     Cancelled,
+}
+
+impl From<TextError> for DataError {
+    fn from(error: TextError) -> Self {
+        match error {
+            TextError::Cancelled(_) => Self::Cancelled,
+            error => Self::Text(error),
+        }
+    }
+}
+
+impl From<Cancelled> for DataError {
+    fn from(_: Cancelled) -> Self {
+        Self::Cancelled
+    }
 }
 
 impl DataError {

@@ -1,5 +1,6 @@
 //! Batches read ahead: a thread of its own fetches the next ones from the sampler while the current one is
-//! trained on, so that training does not wait for the disk.
+//! trained on, so that training does not wait for the disk. The order of each epoch is made there too, the first
+//! one included, and what of that is waited for is counted.
 //!
 //! What was fetched and not taken leaves no trace: the cursor is that after the last batch taken. Memory is
 //! [`BATCHES_AHEAD`] batches waiting, one being filled and one being trained on; their buffers go round.

@@ -11,12 +11,12 @@
 
 use std::{path::PathBuf, str::FromStr};
 
+use consort_common::text::TEXT_KEY;
+
 use super::shard::Shard;
 
 /// Most sources of one site.
 pub const SOURCES_MAX: usize = 256;
-/// The field of a .jsonl file's lines, or the column of a .parquet file, that holds the text.
-pub const TEXT_KEY: &str = "text";
 /// 2^64 / φ, to the nearest odd number.
 const STRIDE: u64 = 0x9E37_79B9_7F4A_7C15;
 

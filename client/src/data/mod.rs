@@ -1,11 +1,10 @@
-//! A site's text: read, tokenised once into memory-mapped shards, and handed out as training sequences and
-//! held-out windows in an order that a seed determines and a cursor resumes.
+//! A site's text: read (by `consort_common::text`), tokenised once into memory-mapped shards, and handed out as
+//! training sequences and held-out windows in an order that a seed determines and a cursor resumes.
 //!
 //! Nothing here knows of tensors or of the network, and no text leaves this module but as token ids: errors
 //! and reports name files, lines and columns, never content.
 
 mod cache;
-mod documents;
 mod error;
 mod feed;
 mod held_out;
@@ -13,17 +12,13 @@ mod inspect;
 mod lengths;
 mod mixture;
 mod prepare;
-mod rows;
 mod sampler;
 mod shard;
-mod source;
 mod stats;
 mod tokenizer;
-mod train_tokenizer;
 mod words;
 
 pub use self::{
-    documents::{PIECE_BYTES_MAX, TXT_DOCUMENT_BYTES_MAX},
     error::DataError,
     feed::Feed,
     held_out::HeldOut,
@@ -33,8 +28,6 @@ pub use self::{
     prepare::{Dataset, PrepareProgress, PrepareRequest, prepare},
     sampler::{Cursor, Sampler, SourceCursor},
     shard::Shard,
-    source::{Survey, survey},
-    stats::{Skipped, SourceStats, SplitStats, Stats},
+    stats::{SourceStats, SplitStats, Stats},
     tokenizer::Tokenizer,
-    train_tokenizer::{TokenizerRequest, TrainedTokenizer, train_tokenizer},
 };

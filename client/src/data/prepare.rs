@@ -5,19 +5,22 @@
 //! Memory is two batches (each [`BATCH_BYTES`] and one piece more) with their tokens, and 10 to 21 bytes for
 //! every distinct document (half as much again while the table of their digests grows).
 
-use std::{collections::HashSet, path::PathBuf};
+mod pass;
 
-use consort_common::ids::Digest;
-use rayon::prelude::*;
+use std::path::PathBuf;
 
+use consort_common::{
+    ids::Digest,
+    text::{Cancelled, Piece, Reader, Skipped, SourceFile, TextError, list},
+};
+
+use self::pass::Pass;
 use super::{
-    cache::{Cache, Prepared, Preparing, Writers},
-    documents::{self, Parsed, Piece, Reader},
+    cache::{Cache, Prepared, Preparing},
     error::DataError,
     mixture::{self, Mixture, Source},
-    shard::{Shard, TokenWidth},
-    source::{self, SourceFile},
-    stats::{Skipped, SourceStats, Stats},
+    shard::Shard,
+    stats::{SourceStats, Stats},
     tokenizer::Tokenizer,
 };
 
@@ -25,12 +28,8 @@ use super::{
 const BATCH_BYTES: usize = 16 << 20;
 /// Or to this many pieces.
 const BATCH_PIECES_MAX: usize = 1 << 16;
-/// Documents that later ones are compared with: a table of 2^27 digests takes 2.4 GB (2^28 places of 9 bytes,
-/// since at most 7 of 8 are filled), and 3.6 GB while it grows to that. Past it duplicates of later
-/// documents go unnoticed, and are counted as not compared.
-const DIGESTS_MAX: usize = 1 << 27;
 /// Changes whenever the same sources would give other shards.
-const PREPARATION_VERSION: u32 = 2;
+const PREPARATION_VERSION: u32 = 3;
 
 /// What to prepare, from where, into where.
 #[derive(Clone)]
@@ -41,7 +40,7 @@ pub struct PrepareRequest {
     pub cache: PathBuf,
     /// The run's tokenizer.
     pub tokenizer: Tokenizer,
-    /// Share of the documents that is held out: at least 0, less than 1.
+    /// Share of the text that is held out: at least 0, less than 1.
     pub held_out_fraction: f64,
     /// Tokens that the model knows.
     pub vocabulary_size: usize,
@@ -81,10 +80,12 @@ pub struct Dataset {
 /// sizes and times. Shares change nothing in what is prepared.
 ///
 /// A document is held out if the first 64 bits of its BLAKE3, as a fraction of 2^64, are less than
-/// `held_out_fraction`: whichever other documents there are, and wherever it lies. Should that hold out none
-/// of at least two documents, the one with the smallest digest is.
+/// `held_out_fraction`: whichever other documents there are, and wherever it lies. A `.txt` file longer than
+/// [`consort_common::text::STRETCH_BYTES_MAX`] is held out stretch by stretch in the same way. Should that hold out none of at
+/// least two, the one with the smallest digest is.
 ///
-/// Blocks until done; `progress` is told after each batch, `cancelled` asked before each piece.
+/// Blocks until done; `progress` is told after each batch, `cancelled` asked before each piece of a file and within
+/// a long one.
 ///
 /// # Errors
 /// See [`DataError`]. After an error the cache is as it was before.
@@ -125,7 +126,7 @@ impl Files {
     fn list(sources: &[Source]) -> Result<Self, DataError> {
         let mut all = Self { files: Vec::new(), faults: Vec::new() };
         for (index, source) in sources.iter().enumerate() {
-            let listing = source::list(&source.path, index)?;
+            let listing = list(&source.path, index, &source.text_key)?;
             all.files.extend(listing.files);
             all.faults.push(listing.faults);
         }
@@ -182,7 +183,7 @@ impl Preparation<'_> {
         let threshold = (self.request.held_out_fraction * 2f64.powi(64)) as u64;
         let mut pass = self.pass(&preparing, threshold)?;
         let found = pass.stats.total();
-        if threshold > 0 && found.held_out.documents == 0 && found.train.documents > 1 {
+        if threshold > 0 && found.held_out.documents == 0 && pass.stretches > 1 {
             // So little is soon read again.
             let smallest = pass.smallest_digest;
             drop(pass);
@@ -214,24 +215,18 @@ impl Preparation<'_> {
     /// Reads all sources once.
     fn pass(&self, preparing: &Preparing<'_>, threshold: u64) -> Result<Pass<'_>, DataError> {
         let Self { request, files, .. } = self;
-        let mut pass = Pass {
-            request,
-            files: &files.files,
-            threshold,
-            writers: preparing.writers(request.sources.len(), request.vocabulary_size)?,
-            stats: self.empty_stats(),
-            documents: 0,
-            tokens: 0,
-            seen: HashSet::new(),
-            smallest_digest: u64::MAX,
-        };
+        let writers = preparing.writers(request.sources.len(), request.vocabulary_size)?;
+        let mut pass = Pass::new(request, &files.files, threshold, writers, self.empty_stats());
         let bytes_total = files.files.iter().map(|file| file.bytes).sum();
-        let mut reader = Reader::new(&request.sources, &files.files);
-        let mut batch = self.read_batch(&mut reader)?;
+        let mut reader = Reader::new(&files.files, self.cancelled);
+        let mut batch = read_batch(&mut reader)?;
         while !batch.is_empty() {
-            let (next, processed) = rayon::join(|| self.read_batch(&mut reader), || pass.process(batch));
+            let (next, processed) = rayon::join(|| read_batch(&mut reader), || pass.process(batch));
             processed?;
             batch = next?;
+            if batch.is_empty() {
+                pass.end_document()?;
+            }
             (self.progress)(PrepareProgress {
                 bytes_read: reader.bytes_read(),
                 bytes_total,
@@ -241,101 +236,17 @@ impl Preparation<'_> {
         }
         Ok(pass)
     }
-
-    fn read_batch(&self, reader: &mut Reader<'_>) -> Result<Vec<Piece>, DataError> {
-        let mut batch = Vec::new();
-        let mut bytes = 0;
-        while bytes < BATCH_BYTES && batch.len() < BATCH_PIECES_MAX {
-            if (self.cancelled)() {
-                return Err(DataError::Cancelled);
-            }
-            let Some(piece) = reader.next() else { break };
-            bytes += piece.bytes();
-            batch.push(piece);
-        }
-        Ok(batch)
-    }
 }
 
-/// One reading of the sources.
-struct Pass<'a> {
-    request: &'a PrepareRequest,
-    files: &'a [SourceFile],
-    threshold: u64,
-    writers: Writers,
-    stats: Stats,
-    /// Distinct documents so far.
-    documents: u64,
-    /// Their tokens.
-    tokens: u64,
-    /// 64 bits tell documents apart: among 10^8 the chance of one false duplicate is 3 in 10,000.
-    seen: HashSet<u64>,
-    smallest_digest: u64,
-}
-
-impl Pass<'_> {
-    fn process(&mut self, batch: Vec<Piece>) -> Result<(), DataError> {
-        let parsed: Vec<_> = batch
-            .into_par_iter()
-            .map(|piece| {
-                let source = self.files[piece.file].source;
-                let text_key = &self.request.sources[source].text_key;
-                (source, piece.file, piece.line, documents::parse(piece.content, text_key))
-            })
-            .collect();
-        let mut chosen = Vec::new();
-        for (source, file, line, result) in &parsed {
-            match result {
-                Ok(Parsed { text, documents }) => chosen.extend(
-                    documents
-                        .iter()
-                        .map(|document| (*source, document.digest, &text[document.range.clone()]))
-                        .filter(|(_, digest, text)| self.is_new(*source, *digest, text)),
-                ),
-                Err(reason) => {
-                    let file = self.files[*file].relative.display().to_string();
-                    self.stats.sources[*source].skip(Skipped { file, line: *line, reason: reason.clone() });
-                }
-            }
-        }
-        let texts: Vec<&str> = chosen.iter().map(|(.., text)| *text).collect();
-        let width = TokenWidth::for_vocabulary(self.request.vocabulary_size);
-        let encoded = self.request.tokenizer.encode_batch(&texts, width)?;
-        for ((source, digest, text), encoded) in chosen.into_iter().zip(encoded) {
-            let stats = &mut self.stats.sources[source];
-            let (split, writer) = if digest < self.threshold {
-                (&mut stats.held_out, &mut self.writers.held_out)
-            } else {
-                (&mut stats.train, &mut self.writers.train[source])
-            };
-            let tokens = writer.append(&encoded, text.len())?;
-            split.add(tokens, text.len() as u64);
-            stats.lengths.add(tokens);
-            self.documents += 1;
-            self.tokens += tokens;
-        }
-        Ok(())
+fn read_batch(reader: &mut Reader<'_>) -> Result<Vec<Piece>, Cancelled> {
+    let mut batch = Vec::new();
+    let mut bytes = 0;
+    while bytes < BATCH_BYTES && batch.len() < BATCH_PIECES_MAX {
+        let Some(piece) = reader.next().transpose()? else { break };
+        bytes += piece.bytes();
+        batch.push(piece);
     }
-
-    /// Whether a document is neither blank nor a repetition; counts it if it is.
-    fn is_new(&mut self, source: usize, digest: u64, text: &str) -> bool {
-        let stats = &mut self.stats.sources[source];
-        if text.trim().is_empty() {
-            stats.blank += 1;
-            return false;
-        }
-        if self.seen.contains(&digest) {
-            stats.duplicates += 1;
-            return false;
-        }
-        if self.seen.len() < DIGESTS_MAX {
-            self.seen.insert(digest);
-        } else {
-            stats.not_compared += 1;
-        }
-        self.smallest_digest = self.smallest_digest.min(digest);
-        true
-    }
+    Ok(batch)
 }
 
 fn check_split(sources: &[Source], stats: &Stats, holds_out: bool) -> Result<(), DataError> {
@@ -346,7 +257,9 @@ fn check_split(sources: &[Source], stats: &Stats, holds_out: bool) -> Result<(),
             None => "all are empty or blank".to_owned(),
         };
         let paths: Vec<String> = sources.iter().map(|source| source.path.display().to_string()).collect();
-        return Err(DataError::NoDocuments { paths: paths.join(", "), files: total.files, first_fault });
+        return Err(
+            TextError::NoDocuments { paths: paths.join(", "), files: total.files, first_fault }.into()
+        );
     }
     let (train, held_out) = (total.train.documents, total.held_out.documents);
     if train == 0 || (holds_out && held_out == 0) {

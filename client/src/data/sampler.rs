@@ -66,8 +66,8 @@ struct Ordered {
     shard: Shard,
     plan: Plan,
     cursor: SourceCursor,
-    /// Of the cursor's epoch.
-    order: EpochOrder,
+    /// Made where it is first needed, so that whoever reads ahead makes it; see [`Ordered::order`].
+    order: Option<EpochOrder>,
 }
 
 /// What every epoch's order follows from.
@@ -150,7 +150,7 @@ impl Sampler {
         let same = cursor.sources.len() == self.sources.len();
         let cursors = if same { &cursor.sources } else { &beginning };
         for (source, cursor) in self.sources.iter_mut().zip(cursors) {
-            source.seek(*cursor);
+            source.cursor = *cursor;
         }
         self.sequences = self.cursor().sequences();
     }
@@ -196,39 +196,40 @@ impl Ordered {
             return Err(DataError::TooManyWindows { windows });
         }
         let plan = Plan { tokens, sequence_length: length, seed, site: site.to_owned() };
-        let order = plan.order(0);
-        Ok(Self { shard, plan, cursor: SourceCursor::default(), order })
+        Ok(Self { shard, plan, cursor: SourceCursor::default(), order: None })
     }
 
-    fn seek(&mut self, cursor: SourceCursor) {
-        self.cursor = cursor;
-        if self.order.epoch != cursor.epoch {
-            self.order = self.plan.order(cursor.epoch);
+    /// The order of the cursor's epoch.
+    fn order(&mut self) -> &EpochOrder {
+        let epoch = self.cursor.epoch;
+        if self.order.as_ref().is_some_and(|order| order.epoch != epoch) {
+            self.order = None;
         }
+        self.order.get_or_insert_with(|| self.plan.order(epoch))
     }
 
     /// Appends the window at the cursor to `out`.
     fn next_sequence(&mut self, out: &mut Vec<i64>) -> Result<(), DataError> {
-        let window = self.next_window();
-        let start = self.order.offset + u64::from(window) * self.plan.sequence_length;
+        let start = self.next_start();
         self.shard.copy(start..start + self.plan.sequence_length + 1, out)?;
         self.cursor.position += 1;
         self.cursor.sequences = self.cursor.sequences.wrapping_add(1);
         Ok(())
     }
 
-    /// The window at the cursor, of the next epoch if this one is used up.
-    fn next_window(&mut self) -> u32 {
-        let at_cursor = |source: &Self| {
-            let position = usize::try_from(source.cursor.position).ok()?;
-            source.order.windows.get(position).copied()
-        };
-        at_cursor(self).unwrap_or_else(|| {
+    /// First token of the window at the cursor, of the next epoch if this one is used up.
+    fn next_start(&mut self) -> u64 {
+        let is_used_up = self.order().windows.len() as u64 <= self.cursor.position;
+        if is_used_up {
             self.cursor.epoch = self.cursor.epoch.wrapping_add(1);
             self.cursor.position = 0;
-            self.order = self.plan.order(self.cursor.epoch);
-            self.order.windows[0] // every epoch has a window
-        })
+        }
+        let SourceCursor { position, .. } = self.cursor;
+        let length = self.plan.sequence_length;
+        let order = self.order();
+        #[allow(clippy::cast_possible_truncation)] // an index below the length; every epoch has a window
+        let window = order.windows[position as usize];
+        order.offset + u64::from(window) * length
     }
 }
 

@@ -140,7 +140,7 @@ impl ShardWriter {
         Ok(writer)
     }
 
-    /// Appends the ids of a document of `text_bytes`; returns how many they are.
+    /// Appends ids that encode `text_bytes` of text; returns how many they are.
     pub(super) fn append(&mut self, encoded: &[u8], text_bytes: usize) -> Result<u64, DataError> {
         self.attempt(|file| file.write_all(encoded))?;
         self.hasher.update(encoded);

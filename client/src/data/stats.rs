@@ -1,6 +1,7 @@
 //! What preparing found, source by source: the numbers that a site sees and reports, and the list of what was
 //! skipped. Holds no text.
 
+use consort_common::text::Skipped;
 use serde::{Deserialize, Serialize};
 
 use super::lengths::Lengths;
@@ -28,9 +29,10 @@ pub struct SourceStats {
     pub train: SplitStats,
     /// What is measured on.
     pub held_out: SplitStats,
-    /// How many tokens the documents have, trained on and held out, the end-of-text token included.
+    /// How many tokens the documents have on either side of the split, the end-of-text token included.
     pub lengths: Lengths,
-    /// Documents dropped because the same text came before, in this source or in one named before it.
+    /// Documents dropped because the same text came before, in this source or in one named before it; or pieces of
+    /// a `.txt` file too long to be compared whole.
     pub duplicates: u64,
     /// Documents dropped because they are blank.
     pub blank: u64,
@@ -45,23 +47,12 @@ pub struct SourceStats {
 /// One side of the split.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SplitStats {
-    /// Distinct documents.
+    /// Distinct documents with text on this side: a long `.txt` file may have some on both.
     pub documents: u64,
-    /// Their tokens, with one end-of-text token each.
+    /// Tokens of that text, with one end-of-text token for each document.
     pub tokens: u64,
-    /// Their UTF-8 bytes.
+    /// Its UTF-8 bytes.
     pub text_bytes: u64,
-}
-
-/// Something that was skipped, and why.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Skipped {
-    /// Path relative to the source.
-    pub file: String,
-    /// Line in the file (row, of a .parquet file), from 1; absent where a file or a piece of it was skipped.
-    pub line: Option<u64>,
-    /// What was wrong; never content.
-    pub reason: String,
 }
 
 impl Stats {
@@ -91,7 +82,7 @@ impl Stats {
 }
 
 impl SourceStats {
-    /// Distinct documents, trained on and held out.
+    /// Distinct documents, trained on and held out; one that is both counts twice.
     pub fn documents(&self) -> u64 {
         self.all().documents
     }
@@ -124,18 +115,7 @@ impl SplitStats {
         }
     }
 
-    pub(super) fn add(&mut self, tokens: u64, text_bytes: u64) {
-        *self = self.plus(Self { documents: 1, tokens, text_bytes });
-    }
-}
-
-impl std::fmt::Display for Skipped {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let rows = self.file.to_ascii_lowercase().ends_with(".parquet");
-        match self.line {
-            Some(row) if rows => write!(f, "{}, row {row}: {}", self.file, self.reason),
-            Some(line) => write!(f, "{}, line {line}: {}", self.file, self.reason),
-            None => write!(f, "{}: {}", self.file, self.reason),
-        }
+    pub(super) fn add(&mut self, more: Self) {
+        *self = self.plus(more);
     }
 }

@@ -9,16 +9,17 @@ use std::sync::Arc;
 use consort_common::{
     ids::Digest,
     spec::TokenizerSpec,
+    text::parts,
     tokenizer::{BYTE_END_OF_TEXT, BYTE_END_OF_TEXT_ID, BYTE_VOCABULARY, byte_tokenizer_json},
 };
 use rayon::prelude::*;
 use tokenizers::ModelWrapper;
 
-use super::{documents, error::DataError, shard::TokenWidth, words::Words};
+use super::{error::DataError, shard::TokenWidth, words::Words};
 
 /// Longest text given to the tokenizers library at once, in bytes: it needs some hundred bytes of memory per
 /// token. Longer documents are encoded in parts, cut where paragraphs end; a token never spans a cut.
-const ENCODE_BYTES_MAX: usize = 1 << 20;
+pub(super) const ENCODE_BYTES_MAX: usize = 1 << 20;
 
 /// A run's tokenizer; clones share it.
 #[derive(Clone)]
@@ -141,7 +142,7 @@ impl Tokenizer {
             Kind::HuggingFace(tokenizer) => tokenizer,
         };
         let mut ids = Vec::new();
-        for part in documents::parts(text, ENCODE_BYTES_MAX) {
+        for part in parts(text, ENCODE_BYTES_MAX) {
             tokenizer.encode(part, &mut ids).map_err(|error| DataError::Tokenizer {
                 reason: format!("it cannot encode some text: {error}"),
             })?;
@@ -165,30 +166,20 @@ impl Tokenizer {
         }
     }
 
-    /// Encodes documents on all cores, as shards hold them: ids of `width`, the end-of-text token after each
-    /// document. The result is in the order of `documents`, whatever the number of threads.
-    pub(super) fn encode_batch(
-        &self,
-        documents: &[&str],
-        width: TokenWidth,
-    ) -> Result<Vec<Vec<u8>>, DataError> {
-        documents.par_iter().map(|document| self.encode_document(document, width)).collect()
-    }
-
-    fn encode_document(&self, document: &str, width: TokenWidth) -> Result<Vec<u8>, DataError> {
-        let mut encoded = match (&self.kind, width) {
-            (Kind::Byte, TokenWidth::U16) => widen(document.as_bytes()),
-            _ => width.encode(&self.encode(document)?),
+    /// Encodes texts on all cores, as shards hold them: ids of `width`. The result is in the order of `texts`,
+    /// whatever the number of threads.
+    pub(super) fn encode_batch(&self, texts: &[&str], width: TokenWidth) -> Result<Vec<Vec<u8>>, DataError> {
+        let encode = |text: &&str| match (&self.kind, width) {
+            (Kind::Byte, TokenWidth::U16) => Ok(widen(text.as_bytes())),
+            _ => Ok(width.encode(&self.encode(text)?)),
         };
-        encoded.extend_from_slice(&width.encode(&[self.end_of_text]));
-        Ok(encoded)
+        texts.par_iter().map(encode).collect()
     }
 }
 
-/// Bytes as little-endian 16-bit ids, with room for one more.
+/// Bytes as little-endian 16-bit ids.
 fn widen(bytes: &[u8]) -> Vec<u8> {
-    let mut ids = Vec::with_capacity(2 * bytes.len() + 2);
-    ids.resize(2 * bytes.len(), 0);
+    let mut ids = vec![0; 2 * bytes.len()];
     for (id, byte) in ids.chunks_exact_mut(2).zip(bytes) {
         id[0] = *byte;
     }

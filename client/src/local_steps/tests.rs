@@ -186,6 +186,20 @@ fn a_round_that_is_computed_again_gives_the_same_delta_and_encoding_error() {
 }
 
 #[test]
+fn steps_of_a_round_that_was_given_up_do_not_count_in_the_next() {
+    let site = Site::new("keep");
+    let mut trainer = site.trainer();
+    let job = site.job(1);
+    let progress = begin(&mut trainer, &mut None, &job).unwrap().0;
+    job.steps(&mut trainer, progress).unwrap().step(&|| false).unwrap();
+    let progress = begin(&mut trainer, &mut None, &job).unwrap().0;
+    let mut steps = job.steps(&mut trainer, progress).unwrap();
+    steps.step(&|| false).unwrap();
+    let tally = steps.take_tally().unwrap();
+    assert_eq!((tally.updates, tally.tokens), (1, 2 * 16));
+}
+
+#[test]
 fn moments_are_carried_over_only_if_the_run_keeps_them() {
     let second_rounds = ["keep", "reset"].map(|optimizer_state| {
         let site = Site::new(optimizer_state);

@@ -84,8 +84,9 @@ impl<'a> Attention<'a> {
             *mask = mask.f_to_kind(query.kind())?;
         }
         let group = query.size4()?.1 / key.size4()?.1;
-        if group > 1 && self.mask.is_some() && query.device().is_cuda() {
-            // No kernel that is spared the whole matrix of scores takes a mask and groups at once.
+        if group > 1 && query.device().is_cuda() && (self.mask.is_some() || query.kind() == Kind::Float) {
+            // Of the GPU's kernels that are spared the whole matrix of scores, the one that takes groups takes
+            // neither a mask nor fp32.
             key = key.f_repeat_interleave_self_int(group, 1, None)?;
             value = value.f_repeat_interleave_self_int(group, 1, None)?;
         }

@@ -73,6 +73,8 @@ pub enum CheckpointError {
 #[serde(deny_unknown_fields)]
 struct Metadata<P> {
     progress: P,
+    /// Whose the moments are, as the specification names it.
+    optimizer: String,
     optimizer_steps: u64,
 }
 
@@ -97,7 +99,8 @@ pub fn save<P: Serialize>(
 /// Writes the content through a handle of its own, as the safetensors crate will have it; the caller's
 /// handle, of the same file, then makes it durable.
 fn write<P: Serialize>(path: &Path, progress: &P, parameters: &[f32], moments: &Moments) -> io::Result<()> {
-    let metadata = Metadata { progress, optimizer_steps: moments.steps };
+    let optimizer = moments.optimizer.clone();
+    let metadata = Metadata { progress, optimizer, optimizer_steps: moments.steps };
     let metadata = serde_json::to_string(&metadata)?;
     let vectors = [&moments.first, parameters, &moments.second];
     let digest = digest(&metadata, vectors.map(bytemuck::cast_slice));
@@ -153,8 +156,9 @@ fn parse<P: DeserializeOwned>(bytes: &[u8]) -> Result<Checkpoint<P>, String> {
     }
     let metadata: Metadata<P> = serde_json::from_str(entry(METADATA)?).map_err(|error| error.to_string())?;
     let [first, parameters, second] = vectors.map(bytemuck::pod_collect_to_vec);
-    let moments = Moments { first, second, steps: metadata.optimizer_steps };
-    Ok(Checkpoint { progress: metadata.progress, parameters, moments })
+    let Metadata { progress, optimizer, optimizer_steps: steps } = metadata;
+    let moments = Moments { optimizer, first, second, steps };
+    Ok(Checkpoint { progress, parameters, moments })
 }
 
 /// BLAKE3 over the metadata and the vectors, each with its length before it.
@@ -179,7 +183,8 @@ mod tests {
     fn example() -> Checkpoint<Value> {
         let progress = json!({"steps": 17, "cursor": {"epoch": 1, "position": 99}});
         let vector = |scale: f32| (0..100).map(|index| index as f32 * scale).collect::<Vec<f32>>();
-        let moments = Moments { first: vector(0.1), second: vector(-0.2), steps: 317 };
+        let optimizer = "adopt".to_owned();
+        let moments = Moments { optimizer, first: vector(0.1), second: vector(-0.2), steps: 317 };
         Checkpoint { progress, parameters: vector(1.5), moments }
     }
 

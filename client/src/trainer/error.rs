@@ -17,6 +17,17 @@ pub enum TrainerError {
         /// The model's length.
         expected: usize,
     },
+    /// An optimizer's state is another one's, to which its numbers mean something else.
+    #[error(
+        "the optimizer's state is that of {found}, and what is trained with is {expected}: go on with {found}, or begin \
+         without that state"
+    )]
+    OtherOptimizer {
+        /// Whose state it is.
+        found: String,
+        /// The optimizer of the training.
+        expected: &'static str,
+    },
     /// A batch or window has not the size that the training settings give.
     #[error("{what}: {found} tokens, expected {expected}")]
     Tokens {
@@ -90,14 +101,21 @@ impl<T> Doing<T> for Result<T, TchError> {
     fn doing(self, doing: &'static str) -> Result<T, TrainerError> {
         self.map_err(|error| {
             let message = first_line(&error.to_string());
-            // Both devices say it in English prose only.
-            if message.contains("out of memory") || message.contains("can't allocate memory") {
+            if is_out_of_memory(&message) {
                 TrainerError::OutOfMemory { doing, message }
             } else {
                 TrainerError::Libtorch { doing, message }
             }
         })
     }
+}
+
+/// Devices say it in English prose only. A library of NVIDIA's that finds no memory for its own workspace, as it may
+/// once tensors have taken all, says so by a status.
+fn is_out_of_memory(message: &str) -> bool {
+    let signs =
+        ["out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"];
+    signs.iter().any(|sign| message.contains(sign))
 }
 
 /// libtorch's messages go on with a C++ backtrace, which helps nobody here.
@@ -117,6 +135,23 @@ mod tests {
         let error = left.f_add(&right).doing("adding").unwrap_err().to_string();
         assert!(error.starts_with("libtorch failed while adding: The size of tensor a (2)"), "{error}");
         assert!(!error.contains('\n') && !error.contains(".cpp"), "{error}");
+    }
+
+    /// As libtorch 2.13 words them.
+    #[test]
+    fn exhausted_memory_of_a_gpu_is_told_apart_whoever_needed_it() {
+        let doing =
+            |message: &str| Err::<(), _>(TchError::Torch(message.to_owned())).doing("trying").unwrap_err();
+        for message in [
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB",
+            "CUDA error: out of memory",
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        ] {
+            assert!(matches!(doing(message), TrainerError::OutOfMemory { .. }), "{message}");
+        }
+        let other = doing("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`");
+        assert!(matches!(other, TrainerError::Libtorch { .. }), "{other}");
     }
 
     #[test]

@@ -79,36 +79,52 @@ impl LanguageModel {
 
 /// The token that `uniform`, in [0, 1), falls on.
 fn draw(logits: &[f32], sampling: Sampling, uniform: f64) -> usize {
-    let mut order: Vec<usize> = (0..logits.len()).collect();
-    // Likeliest first; equals stay in order, so that a draw does not depend on the sort.
-    order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]));
-    let likeliest = order[0];
+    let likeliest = likeliest(logits);
     if sampling.temperature <= 0.0 {
         return likeliest;
     }
     let peak = f64::from(logits[likeliest]);
-    let weights: Vec<f64> =
-        order.iter().map(|token| ((f64::from(logits[*token]) - peak) / sampling.temperature).exp()).collect();
+    let weight = |logit: &f32| ((f64::from(*logit) - peak) / sampling.temperature).exp();
+    let weights: Vec<f64> = logits.iter().map(weight).collect();
     let total: f64 = weights.iter().sum();
 
+    // Tokens below this weight have together less than what top-p leaves out: they need not be sorted.
+    #[allow(clippy::cast_precision_loss)]
+    let least = (1.0 - sampling.top_p) * total / weights.len() as f64;
+    let mut order: Vec<usize> = (0..weights.len()).filter(|token| weights[*token] >= least).collect();
+    // Likeliest first; equals in order, so that a draw does not depend on the sort.
+    order.sort_unstable_by(|a, b| weights[*b].total_cmp(&weights[*a]).then(a.cmp(b)));
     let mut kept = 0;
     let mut mass = 0.0;
-    while kept < weights.len() && (kept == 0 || mass < sampling.top_p * total) {
-        mass += weights[kept];
+    while kept < order.len() && (kept == 0 || mass < sampling.top_p * total) {
+        mass += weights[order[kept]];
         kept += 1;
     }
     let mut rest = uniform * mass;
-    for (token, weight) in order[..kept].iter().zip(&weights) {
-        rest -= weight;
+    for token in &order[..kept] {
+        rest -= weights[*token];
         if rest < 0.0 {
             return *token;
         }
     }
-    order[kept - 1]
+    order[..kept].last().copied().unwrap_or(likeliest)
+}
+
+/// The token with the largest logit, the first of equals.
+fn likeliest(logits: &[f32]) -> usize {
+    let mut likeliest = 0;
+    for (token, logit) in logits.iter().enumerate() {
+        if logit.total_cmp(&logits[likeliest]).is_gt() {
+            likeliest = token;
+        }
+    }
+    likeliest
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     /// Probabilities 0.5, 0.3, 0.2.
@@ -128,6 +144,48 @@ mod tests {
     #[test]
     fn temperature_zero_takes_the_likeliest() {
         check(0.0, 1.0, [1, 1, 1, 1]);
+    }
+
+    #[test]
+    fn of_equally_likely_tokens_the_first_is_taken() {
+        let sampling = Sampling { temperature: 0.0, top_p: 1.0, seed: 0 };
+        assert_eq!(draw(&[0.5, 2.0, -1.0, 2.0], sampling, 0.9), 1);
+    }
+
+    /// The definition, with every token sorted.
+    fn draw_from_all(logits: &[f32], sampling: Sampling, uniform: f64) -> usize {
+        let mut order: Vec<usize> = (0..logits.len()).collect();
+        order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]));
+        let peak = f64::from(logits[order[0]]);
+        let weight = |token: &usize| ((f64::from(logits[*token]) - peak) / sampling.temperature).exp();
+        let weights: Vec<f64> = order.iter().map(weight).collect();
+        let total: f64 =
+            logits.iter().map(|logit| ((f64::from(*logit) - peak) / sampling.temperature).exp()).sum();
+        let mut masses = weights.iter().scan(0.0, |mass, weight| {
+            *mass += weight;
+            Some(*mass)
+        });
+        let kept =
+            masses.position(|mass| mass >= sampling.top_p * total).map_or(order.len(), |last| last + 1);
+        let mut rest = uniform * weights[..kept].iter().sum::<f64>();
+        let drawn = weights[..kept].iter().position(|weight| {
+            rest -= weight;
+            rest < 0.0
+        });
+        order[drawn.unwrap_or(kept - 1)]
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_not_sorted_is_never_drawn(
+            logits in prop::collection::vec(-8.0f32..8.0, 1..200),
+            temperature in 0.1f64..3.0,
+            top_p in 0.0f64..=1.0,
+            uniform in 0.0f64..1.0,
+        ) {
+            let sampling = Sampling { temperature, top_p, seed: 0 };
+            prop_assert_eq!(draw(&logits, sampling, uniform), draw_from_all(&logits, sampling, uniform));
+        }
     }
 
     #[test]

@@ -16,6 +16,7 @@ mod gpt2;
 mod kernels;
 mod language_model;
 mod llama;
+mod memory;
 mod micro_batch;
 mod mpt;
 mod optimizer;
@@ -41,8 +42,9 @@ pub use self::{
     evaluate::EvaluationSum,
     generate::Sampling,
     language_model::LanguageModel,
+    memory::{checkpoint_bytes_needed, memory_bytes_needed},
     optimizer::Moments,
-    step::{Phases, StepOutcome, StepResult, Trainer, checkpoint_bytes_needed, memory_bytes_needed},
+    step::{Phases, StepOutcome, StepResult, Trainer},
     worker::{Worker, WorkerError},
 };
 

@@ -22,6 +22,8 @@ use super::{
 /// An optimizer's state, on the host.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Moments {
+    /// Whose state it is, as the specification names it.
+    pub optimizer: String,
     /// Decaying mean of the gradient, in the manifest's order: ADOPT's of the normalised gradient; for Muon's
     /// matrices a decaying mean too.
     pub first: Vec<f32>,
@@ -45,6 +47,17 @@ enum Rule {
     AdamW(AdamW),
     Adopt(Adopt),
     Muon(Muon),
+}
+
+impl Rule {
+    /// As the specification names it.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::AdamW(_) => "adamw",
+            Self::Adopt(_) => "adopt",
+            Self::Muon(_) => "muon",
+        }
+    }
 }
 
 /// What a step is told besides the gradient: float scalars on the device.
@@ -126,6 +139,7 @@ impl Optimizer {
 
     pub(super) fn moments(&self) -> Result<Moments, TrainerError> {
         let mut moments = Moments {
+            optimizer: self.rule.name().to_owned(),
             first: vec![0.0; self.first.numel()],
             second: vec![0.0; self.second.numel()],
             steps: 0,
@@ -138,6 +152,10 @@ impl Optimizer {
     }
 
     pub(super) fn load_moments(&mut self, moments: &Moments) -> Result<(), TrainerError> {
+        let expected = self.rule.name();
+        if moments.optimizer != expected {
+            return Err(TrainerError::OtherOptimizer { found: moments.optimizer.clone(), expected });
+        }
         copy_in(&mut self.first, &moments.first, "loading the first moments")?;
         copy_in(&mut self.second, &moments.second, "loading the second moments")?;
         #[allow(clippy::cast_precision_loss)]

@@ -76,7 +76,15 @@ fn cosine() -> Schedule {
     schedule(json!({"kind": "cosine", "warmup_steps": 20, "final_fraction": 0.1}))
 }
 
-/// Trains with both, and returns the largest relative difference of the losses of all steps.
+/// What the reference prints, each of all steps.
+#[derive(serde::Deserialize)]
+struct Reference {
+    losses: Vec<f64>,
+    rates: Vec<f64>,
+}
+
+/// Trains with both, and returns the largest relative difference of the losses of all steps. Learning rates must be
+/// the same but for rounding.
 fn largest_difference(python: &Path, architecture: &Architecture, training: &TrainingSpec) -> f64 {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
@@ -106,14 +114,15 @@ fn largest_difference(python: &Path, architecture: &Architecture, training: &Tra
         .output()
         .unwrap();
     assert!(theirs.status.success(), "the reference failed: the reason is above");
-    let theirs: Vec<f64> = serde_json::from_slice(&theirs.stdout).unwrap();
+    let Reference { losses: theirs, rates } = serde_json::from_slice(&theirs.stdout).unwrap();
 
     set_threads(1);
     let mut trainer = Trainer::new(architecture, training, STEPS, 0, Device::Cpu).unwrap();
     trainer.load(&initial).unwrap();
     let length = (training.batch_size * (training.sequence_length + 1)) as usize;
     for (step, batch) in tokens.chunks(length).enumerate() {
-        trainer.step(batch, step as u64, &|| false).unwrap();
+        let rate = trainer.step(batch, step as u64, &|| false).unwrap().learning_rate;
+        assert!((rate - rates[step]).abs() < 1e-9, "step {step}: {rate}, not {}", rates[step]);
     }
     let ours = trainer.take_results().unwrap();
     assert_eq!(ours.len(), theirs.len());
@@ -168,6 +177,19 @@ fn adamw_at_a_constant_rate_and_with_a_stable_phase_has_pytorchs_losses() {
     check("llama, adamw, constant", &llama(), &training("adamw", constant), 1e-3);
     let stable = schedule(json!({"kind": "warmup-stable-decay", "decay_steps": 50}));
     check("llama, adamw, stable and decay", &llama(), &training("adamw", stable), 1e-3);
+}
+
+#[test]
+fn adamw_with_the_infinite_schedule_and_warmed_up_again_has_pytorchs_losses() {
+    let infinite = schedule(json!({
+        "kind": "infinite", "warmup_steps": 20, "cooldown_steps": 60, "constant_fraction": 0.5,
+        "annealing_steps": 60, "final_fraction": 0.05,
+    }));
+    check("llama, adamw, infinite", &llama(), &training("adamw", infinite), 1e-3);
+    let warmed_up_again = schedule(json!({
+        "kind": "cosine", "warmup_steps": 20, "warmup_from": 0.1, "final_fraction": 0.1,
+    }));
+    check("llama, adamw, re-warmed cosine", &llama(), &training("adamw", warmed_up_again), 1e-3);
 }
 
 #[test]

@@ -2,18 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use consort_common::{
-    model::Architecture,
-    schedule::Schedule,
-    spec::{Precision, TrainingSpec},
-};
+use consort_common::{model::Architecture, schedule::Schedule, spec::TrainingSpec};
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::{
     LanguageModel, checked_manifest,
     device::{release_unused, synchronize, upload},
     error::{Doing, TrainerError},
-    micro_batch::{MicroBatch, sequences_cpu},
+    micro_batch::MicroBatch,
     optimizer::{Control, Moments, Optimizer},
     parameters::{Parameters, copy_out},
     zero,
@@ -191,8 +187,9 @@ impl Trainer {
     /// parameters and moments as they are.
     ///
     /// # Errors
-    /// After any, parameters and moments are those before the step. `cancelled` is asked before each
-    /// micro-batch.
+    /// `cancelled` is asked before each micro-batch. After that, and after whatever failed before the update,
+    /// parameters and moments are those before the step. Where libtorch failed in the update itself, part of it may
+    /// be made: both must be loaded again.
     pub fn step(
         &mut self,
         batch: &[i64],
@@ -318,37 +315,4 @@ impl Trainer {
         copy_out(&self.parameters.gradients, &mut flat, "reading the gradient").unwrap();
         flat
     }
-}
-
-/// Device memory that training needs, in bytes: parameters, gradient and two moments in fp32, and what a
-/// micro-batch keeps for its backward pass. An estimate, for a check before a run: on the CPU, models of 0.8
-/// to 13 million parameters with 2,048 and 8,192 tokens took between 0.9 and 1.2 of it, beside the 0.1 GB
-/// that libtorch itself takes.
-pub fn memory_bytes_needed(architecture: &Architecture, training: &TrainingSpec) -> u64 {
-    const FLOAT: u64 = 4;
-    let state = 4 * architecture.manifest().parameters();
-    // Per token: inputs and outputs of norms, projections, attention and residual sums, and the wide ones of
-    // the feed-forward part; LLaMA's norms and its gate keep more of them.
-    let blocks = match architecture {
-        Architecture::Llama(config) => {
-            config.num_hidden_layers * (17 * config.hidden_size + 5 * config.intermediate_size)
-        }
-        Architecture::Gpt2(config) => config.n_layer * (14 * config.n_embd + 2 * config.inner()),
-        Architecture::Mpt(config) => config.n_layers * 22 * config.d_model,
-    };
-    let per_token = blocks as u64;
-    let micro_batch = match training.micro_batch_size as usize {
-        0 => sequences_cpu(training),
-        given => given,
-    };
-    let tokens = micro_batch as u64 * u64::from(training.sequence_length);
-    let rounded =
-        if training.precision == Precision::Bf16 { 2 * architecture.manifest().parameters() } else { 0 };
-    FLOAT * (state + tokens * per_token) + rounded
-}
-
-/// Host memory that the copy for a checkpoint takes while it is written, in bytes: parameters and two moments
-/// in fp32. On a CPU it comes on top of [`memory_bytes_needed`].
-pub fn checkpoint_bytes_needed(architecture: &Architecture) -> u64 {
-    3 * size_of::<f32>() as u64 * architecture.manifest().parameters()
 }

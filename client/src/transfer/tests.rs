@@ -8,7 +8,7 @@ use tonic::Code;
 use super::*;
 use crate::{
     fake::{Break, Fake, State, Update},
-    link::{LinkKeeper, link},
+    link::{LinkKeeper, RoundTrip, link},
     progress::{Activity, Reporter},
     state::{RunDirectory, StateDirectory},
 };
@@ -17,6 +17,8 @@ const PARAMETERS: usize = 1_000;
 const CHUNK_PARAMETERS: u32 = 64;
 /// Of fp32: 15 chunks of it, and one of 160.
 const CHUNK_BYTES: u64 = 256;
+/// A round trip that holds next to nothing.
+const NEAR: Duration = Duration::from_micros(100);
 
 struct Site {
     fake: Fake,
@@ -63,7 +65,12 @@ impl Site {
         let fake = Fake::new(state);
         let (link, keeper) = link();
         let client = federation_client(fake.serve());
-        keeper.publish(Some(Session { id: vec![1], client, generation: 1 }));
+        keeper.publish(Some(Session {
+            id: vec![1],
+            client,
+            generation: 1,
+            round_trip: RoundTrip::default(),
+        }));
         let folder = tempfile::tempdir().unwrap();
         let directory = StateDirectory::open(folder.path()).unwrap().run(&run()).unwrap();
         let activity = Reporter::default().begin(&run(), 1, ClientActivity::Downloading, 0);
@@ -254,12 +261,16 @@ fn twenty_breaks_cost_less_than_a_fiftieth_of_a_delta_of_four_thousand_chunks() 
     for chunk_bytes in [8 << 10, 1 << 20, 4 << 20] {
         let delta_bytes = 4000 * chunk_bytes;
         // One chunk may always be under way.
-        let lost =
-            (0..20).map(|breaks| upload::stake_bytes(delta_bytes, chunk_bytes, breaks).max(chunk_bytes));
+        let lost = (0..20)
+            .map(|breaks| upload::stake_bytes(delta_bytes, chunk_bytes, NEAR, breaks).max(chunk_bytes));
         let lost: u64 = lost.sum();
         assert!(lost * 50 < delta_bytes, "{lost} of {delta_bytes} bytes");
     }
-    assert_eq!(upload::stake_bytes(2560, 1, u32::MAX), 1);
+    assert_eq!(upload::stake_bytes(2560, 1, NEAR, u32::MAX), 1);
+    // A line of 1 Gbit/s over 100 ms holds 12.5 MB, however small the delta's parts are.
+    let far = Duration::from_millis(100);
+    assert!(upload::stake_bytes(500_000_000, 1 << 20, far, 0) >= 12_500_000);
+    assert_eq!(upload::stake_bytes(10_000_000_000, 1 << 20, far, 0), 10_000_000_000 / 128);
 }
 
 #[tokio::test(start_paused = true)]

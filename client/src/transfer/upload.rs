@@ -7,6 +7,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     future::pending,
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
+    time::Duration,
 };
 
 use consort_common::ids::RunName;
@@ -38,14 +39,17 @@ use crate::{link::Session, progress::Activity};
 /// Messages that lie ready for the connection; what they weigh counts as under way.
 const MESSAGES_READY_MAX: usize = 2;
 /// Until a connection breaks, one of so many parts of a delta may be under way, over all connections, but at least
-/// so many chunks and bytes: it is what a break can cost. After each break it is a quarter of that, down to one
-/// of the second number of parts ([`stake_bytes`]), so that twenty breaks cost at most 1.82 % of a delta in
-/// small chunks. Sketch: 1 Gbit/s over a round trip of 100 ms is 12.5 MB, which a delta of 1.6 GB may have
-/// under way; one of 500 MB goes at 330 Mbit/s over that line.
+/// so many chunks and bytes, and what fills a fast line over the round trip to the aggregator: it is what a break
+/// can cost. After each break it is a quarter of that, down to one of the second number of parts
+/// ([`stake_bytes`]), so that twenty breaks cost at most 1.82 % of a delta in small chunks where the line itself
+/// holds less. Sketch: 1 Gbit/s over a round trip of 100 ms is 12.5 MB.
 const STAKE_PARTS: u64 = 128;
 const STAKE_PARTS_MAX: u64 = 2560;
 const STAKE_CHUNKS_MIN: u64 = 4;
 const STAKE_BYTES_MIN: u64 = 128 << 10;
+/// Bytes per second of the fast line: 1.25 Gbit/s, so that one of 1 Gbit/s is filled while acknowledgements wait
+/// for the aggregator's disk.
+const STAKE_LINE_BYTES_PER_SECOND: u64 = 156_250_000;
 
 /// What became of an upload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,7 +107,9 @@ impl Transfers {
         #[allow(clippy::cast_possible_truncation)]
         let parts = clients.len() as u32;
         let chunk_bytes = delta.chunk_bytes(0).unwrap_or_default() as u64;
-        let stake_bytes = stake_bytes(delta.encoded_bytes(), chunk_bytes, breaks) / u64::from(parts.max(1));
+        let round_trip = session.round_trip.least().unwrap_or_default();
+        let stake_bytes = stake_bytes(delta.encoded_bytes(), chunk_bytes, round_trip, breaks);
+        let stake_bytes = stake_bytes / u64::from(parts.max(1));
         let begin = |part| DeltaBegin { part, parts, ..begin(&session, run, delta) };
         // The first alone: it is told whether there is anything to send.
         let mut opened = Vec::new();
@@ -127,10 +133,13 @@ impl Transfers {
     }
 }
 
-/// Bytes that may be under way, of a delta of such a length in such chunks, after so many breaks: a line that
-/// breaks often is given little to lose.
-pub(super) fn stake_bytes(delta_bytes: u64, chunk_bytes: u64, breaks: u32) -> u64 {
-    let first = (delta_bytes / STAKE_PARTS).max(STAKE_CHUNKS_MIN * chunk_bytes).max(STAKE_BYTES_MIN);
+/// Bytes that may be under way, of a delta of such a length in such chunks, to an aggregator so far away, after so
+/// many breaks: a line that breaks often is given little to lose.
+pub(super) fn stake_bytes(delta_bytes: u64, chunk_bytes: u64, round_trip: Duration, breaks: u32) -> u64 {
+    let micros = u64::try_from(round_trip.as_micros()).unwrap_or(u64::MAX);
+    let line = STAKE_LINE_BYTES_PER_SECOND.saturating_mul(micros) / 1_000_000;
+    let first =
+        (delta_bytes / STAKE_PARTS).max(STAKE_CHUNKS_MIN * chunk_bytes).max(STAKE_BYTES_MIN).max(line);
     let last = delta_bytes / STAKE_PARTS_MAX;
     first.checked_shr(breaks.saturating_mul(2)).unwrap_or_default().max(last)
 }

@@ -5,8 +5,8 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::{
-    CONFIG_FILE, CheckpointError, GENERATION_CONFIG_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE,
-    TOKENIZER_FILE, json, weights::Weights,
+    CONFIG_FILE, CheckpointError, DOCUMENT_MASK, GENERATION_CONFIG_FILE, SPECIAL_TOKENS_FILE,
+    TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, json, weights::Weights,
 };
 use crate::model::Architecture;
 
@@ -57,6 +57,12 @@ impl CheckpointReader {
     /// The token that ends a document, as text.
     pub fn end_of_text(&self) -> &str {
         &self.end_of_text
+    }
+
+    /// Whether attention was kept within documents when the model was trained; nothing where the checkpoint does not
+    /// say so, as of others' training.
+    pub fn document_mask(&self) -> Option<bool> {
+        self.weights.metadata(DOCUMENT_MASK)?.parse().ok()
     }
 
     /// Fills `values` with the flat vector's (fp32 in the manifest's order) from the position `start` on, for

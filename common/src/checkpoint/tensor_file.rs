@@ -112,6 +112,11 @@ impl TensorFile {
         self.metadata.tensors().into_iter().map(|(name, info)| (name, info.clone()))
     }
 
+    /// What the header says under `key`, beside the tensors.
+    pub(super) fn metadata(&self, key: &str) -> Option<&str> {
+        self.metadata.metadata().as_ref()?.get(key).map(String::as_str)
+    }
+
     /// Reads a tensor's values from its `first` on, as many as `values` takes, widened to fp32.
     pub(super) fn read(&self, info: &TensorInfo, first: usize, values: &mut [f32]) -> io::Result<()> {
         let value_bytes = value_bytes(info.dtype);

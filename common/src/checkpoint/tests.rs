@@ -147,6 +147,22 @@ fn the_weights_are_a_safetensors_file_with_the_names_of_hugging_face() {
 }
 
 #[test]
+fn a_checkpoint_says_whether_documents_were_kept_apart_unless_it_does_not_know() {
+    let root = tempfile::tempdir().unwrap();
+    let directory = root.path().join("x");
+    let flat = llama(true).manifest().initialise(1);
+    for (entry, expected) in
+        [(Some("true"), Some(true)), (Some("false"), Some(false)), (Some("x"), None), (None, None)]
+    {
+        let metadata = entry.map(|entry| (DOCUMENT_MASK.to_owned(), entry.to_owned())).into_iter().collect();
+        let tokenizer = byte_tokenizer_json();
+        let (end, id) = (BYTE_END_OF_TEXT, BYTE_END_OF_TEXT_ID);
+        write(&directory, &llama(true), &flat, &tokenizer, end, id, &metadata).unwrap();
+        assert_eq!(CheckpointReader::open(&directory).unwrap().document_mask(), expected);
+    }
+}
+
+#[test]
 fn a_vector_of_another_length_is_refused_and_nothing_is_written() {
     let root = tempfile::tempdir().unwrap();
     let directory = root.path().join("round-1");

@@ -94,6 +94,11 @@ impl Weights {
         Ok(Self { files, parts, parameters: architecture.manifest().parameters() })
     }
 
+    /// What the header of the first file that has it says under `key`.
+    pub(super) fn metadata(&self, key: &str) -> Option<&str> {
+        self.files.iter().find_map(|(_, file)| file.metadata(key))
+    }
+
     /// Fills `values` with the flat vector's from `start` on.
     pub(super) fn fill(&self, start: u64, values: &mut [f32]) -> Result<(), CheckpointError> {
         let end = start.saturating_add(values.len() as u64);

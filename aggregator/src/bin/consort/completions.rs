@@ -24,7 +24,7 @@ mod tests {
     fn each_shell_gets_a_script_that_knows_the_nouns() {
         for shell in [Shell::Bash, Shell::Zsh, Shell::Fish, Shell::PowerShell, Shell::Elvish] {
             let script = script(shell);
-            for noun in ["runs", "rounds", "clients", "checkpoints", "pki"] {
+            for noun in ["runs", "rounds", "clients", "checkpoints", "pki", "tokenizer"] {
                 assert!(script.contains(noun), "{shell}: {noun}");
             }
         }

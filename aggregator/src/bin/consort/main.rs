@@ -21,6 +21,7 @@ mod specification;
 mod start;
 mod table;
 mod text;
+mod tokenizer;
 mod watch;
 mod watch_lines;
 mod watch_view;
@@ -38,7 +39,7 @@ use crate::{
 };
 
 /// Direct a federation's training runs: create, start and watch them, look at rounds and sites, fetch
-/// checkpoints, make certificates.
+/// checkpoints, make certificates and tokenizers.
 #[derive(Debug, Parser)]
 #[command(name = "consort", version, after_help = EXIT_CODES, arg_required_else_help = true)]
 struct Arguments {
@@ -64,6 +65,8 @@ enum Command {
     Checkpoints(checkpoints::CheckpointsCommand),
     #[command(subcommand)]
     Pki(pki::PkiCommand),
+    #[command(subcommand)]
+    Tokenizer(tokenizer::TokenizerCommand),
     /// Print a shell's completion script
     #[command(
         after_help = "Example:\n  consort completions bash > ~/.local/share/bash-completion/completions/consort"
@@ -109,6 +112,7 @@ fn run(context: &Context, command: Command) -> Result<(), Failure> {
         Command::Clients(command) => block_on(clients::run(context, command)),
         Command::Checkpoints(command) => block_on(checkpoints::run(context, command)),
         Command::Pki(command) => pki::run(command).map_err(|error| Failure::Refused(format!("{error:#}"))),
+        Command::Tokenizer(command) => tokenizer::run(context, command),
         Command::Completions { shell } => completions::print(shell),
     }
 }

@@ -1,17 +1,15 @@
-//! Tests of preparing as a whole: the split, the cache, determinism, cancellation.
+//! Tests of preparing as a whole: sources, determinism, cancellation, progress.
+
+mod cache;
+mod split;
 
 use std::{
     collections::BTreeMap,
     fs,
-    path::Path,
     sync::atomic::{AtomicU64, AtomicUsize, Ordering},
-    time::{Duration, SystemTime},
 };
 
-use super::{
-    super::{mixture::Share, stats::SplitStats},
-    *,
-};
+use super::{super::mixture::Share, *};
 
 struct Site {
     folder: tempfile::TempDir,
@@ -101,119 +99,6 @@ fn texts(shard: &Shard) -> Vec<String> {
 }
 
 #[test]
-fn shards_hold_every_document_once_in_order() {
-    let site = Site::with_lines(0.2);
-    let dataset = site.prepare().unwrap();
-    let (train, held_out) = (texts(train(&dataset)), texts(&dataset.held_out));
-    assert!((30..90).contains(&held_out.len()), "{}", held_out.len());
-    let number = |text: &String| text.strip_prefix("document ").unwrap().parse::<u32>().unwrap();
-    let mut numbers: Vec<u32> = train.iter().map(number).collect();
-    assert!(numbers.is_sorted());
-    numbers.extend(held_out.iter().map(number));
-    numbers.sort_unstable();
-    assert_eq!(numbers, (0..300).collect::<Vec<_>>());
-    let stats = dataset.stats.total();
-    for (split, shard, texts) in [
-        (stats.train, &dataset.train.parts()[0].shard, &train),
-        (stats.held_out, &dataset.held_out, &held_out),
-    ] {
-        let text_bytes = texts.iter().map(|text| text.len() as u64).sum::<u64>();
-        let documents = texts.len() as u64;
-        assert_eq!(split, SplitStats { documents, tokens: text_bytes + documents, text_bytes });
-        assert_eq!((shard.tokens(), shard.text_bytes()), (split.tokens, split.text_bytes));
-    }
-    assert_eq!((stats.files, stats.skipped, stats.documents()), (2, 0, 300));
-    assert_eq!((stats.lengths.percentile(50), stats.lengths.max()), (13, 13));
-}
-
-#[test]
-fn held_out_documents_stay_held_out_whatever_else_is_there() {
-    let site = Site::with_lines(0.2);
-    let before = site.prepare().unwrap();
-    fs::rename(site.text().join("a.jsonl"), site.text().join("z.jsonl")).unwrap();
-    site.write("m.jsonl", lines(300..500));
-    let after = site.prepare().unwrap();
-    let held_out = texts(&after.held_out);
-    assert!(texts(&before.held_out).iter().all(|text| held_out.contains(text)));
-    assert!(texts(train(&before)).iter().all(|text| !held_out.contains(text)));
-}
-
-#[test]
-fn a_few_large_text_files_are_held_out_in_proportion() {
-    let site = Site::new(0.1);
-    for file in 0..3 {
-        let text: String = (0..60_000)
-            .map(|line| format!("line {line} of {file}\n{}", if line % 5 == 0 { "\n" } else { "" }))
-            .collect();
-        site.write(&format!("{file}.txt"), text);
-    }
-    let stats = site.prepare().unwrap().stats.total();
-    let share =
-        stats.held_out.text_bytes as f64 / (stats.held_out.text_bytes + stats.train.text_bytes) as f64;
-    assert!((0.05..0.15).contains(&share), "{share} of {} documents", stats.documents());
-}
-
-#[test]
-fn a_small_source_still_holds_out_a_document() {
-    let site = Site::new(1e-9);
-    site.write("a.jsonl", lines(0..3));
-    let dataset = site.prepare().unwrap();
-    let held_out = texts(&dataset.held_out);
-    assert_eq!((dataset.stats.total().train.documents, held_out.len()), (2, 1));
-    assert_eq!(dataset.stats.total().documents(), 3);
-    let digest =
-        |text: &str| u64::from_le_bytes(blake3::hash(text.as_bytes()).as_bytes()[..8].try_into().unwrap());
-    assert!(texts(train(&dataset)).iter().all(|text| digest(text) > digest(&held_out[0])));
-}
-
-#[test]
-fn nothing_is_held_out_where_nothing_is_asked() {
-    let site = Site::new(0.0);
-    site.write("a.txt", "text");
-    let dataset = site.prepare().unwrap();
-    assert_eq!((texts(train(&dataset)), dataset.held_out.tokens()), (vec!["text".to_owned()], 0));
-}
-
-#[test]
-fn sources_without_enough_text_are_errors_that_say_what_to_do() {
-    let check = |fraction: f64, files: &[(&str, &[u8])], parts: &[&str]| {
-        let site = Site::new(fraction);
-        for (name, content) in files {
-            site.write(name, content);
-        }
-        let error = site.prepare().unwrap_err().to_string();
-        for part in parts {
-            assert!(error.contains(part), "{error:?} has no {part:?}");
-        }
-        assert!(!site.cache().exists() || site.cached().is_empty());
-    };
-    check(0.1, &[], &["no text in", "put text there"]);
-    check(0.1, &[("a.pdf", b"x")], &["found 1 other files"]);
-    check(0.1, &[("a.txt", b"")], &["1 files", "empty or blank"]);
-    check(0.1, &[("a.txt", b" \n"), ("b.txt", b"\0")], &["the first of 1 faults: b.txt: not text"]);
-    check(
-        0.1,
-        &[("a.txt", b"one")],
-        &["of 1 documents 1 remain for training and 0 are held out", "provide more text"],
-    );
-    check(1.0, &[("a.txt", b"one")], &["held_out_fraction is 1"]);
-    check(f64::NAN, &[("a.txt", b"one")], &["held_out_fraction is NaN"]);
-}
-
-#[test]
-fn faults_duplicates_and_blanks_are_counted_and_the_rest_is_used() {
-    let site = Site::new(0.2);
-    site.write("a.jsonl", lines(0..20) + "\n{\"text\": \"  \\n\"}\n" + &"not json\n".repeat(150));
-    site.write("b.jsonl", lines(10..30));
-    site.write("c.txt", b"binary\0");
-    let stats = site.prepare().unwrap().stats.sources.remove(0);
-    assert_eq!((stats.documents(), stats.duplicates, stats.blank), (30, 10, 1));
-    assert_eq!((stats.skipped, stats.skipped_listed.len()), (151, 100));
-    assert_eq!(stats.skipped_listed[0].to_string(), "a.jsonl, line 23: not JSON (column 2)");
-    assert_eq!(stats.skipped_listed[99].line, Some(122));
-}
-
-#[test]
 fn a_tokenizer_larger_than_the_model_is_refused_before_anything_is_read() {
     let site = Site::with_lines(0.2);
     let request = PrepareRequest { vocabulary_size: 256, ..site.request() };
@@ -298,85 +183,11 @@ fn each_source_has_its_shard_and_its_numbers_and_no_document_is_in_two() {
 }
 
 #[test]
-fn other_shares_find_the_same_shards() {
-    let (site, mut request) = two_sources();
-    let before = prepare(&request, &|_| {}, &|| false).unwrap();
-    request.sources[1].share = Share::ReplayPercent(5.0);
-    let after = prepare(&request, &|progress| panic!("tokenises again: {progress:?}"), &|| false).unwrap();
-    assert_eq!((before.cache_key, after.train.parts()[1].share), (after.cache_key, 0.05));
-    assert_ne!(before.key, after.key, "a cursor belongs to the shares as well");
-    for change in [|source: &mut Source| source.name += "2", |source: &mut Source| source.text_key += "2"] {
-        let mut changed = request.clone();
-        change(&mut changed.sources[0]);
-        assert_ne!(cache_key(&changed, &Files::list(&changed.sources).unwrap()), after.cache_key);
-    }
-    // Damage that the sizes do not show.
-    let stats = site.cached_file(&after, "stats.json");
-    let mut json: Stats = serde_json::from_slice(&fs::read(&stats).unwrap()).unwrap();
-    json.sources.truncate(1);
-    fs::write(&stats, serde_json::to_vec(&json).unwrap()).unwrap();
-    assert_eq!(prepare(&request, &|_| {}, &|| false).unwrap().train.parts().len(), 2);
-}
-
-#[test]
 fn sources_that_do_not_go_together_are_refused() {
     let (_site, mut request) = two_sources();
     request.sources[0].share = Share::ReplayPercent(5.0);
     let error = prepare(&request, &|_| {}, &|| false).unwrap_err();
     assert!(error.to_string().contains("all sources are replayed"), "{error}");
-}
-
-#[test]
-fn a_second_start_finds_the_shards() {
-    let site = Site::with_lines(0.2);
-    let first = site.prepare().unwrap();
-    let modified =
-        |dataset| site.cached_file(dataset, "train-0.tokens").metadata().unwrap().modified().unwrap();
-    let written = modified(&first);
-    let second =
-        prepare(&site.request(), &|progress| panic!("tokenises again: {progress:?}"), &|| false).unwrap();
-    assert_eq!((first.cache_key, written), (second.cache_key, modified(&second)));
-    assert_eq!(first.stats, second.stats);
-    assert_eq!(tokens(train(&first)), tokens(train(&second)));
-}
-
-#[test]
-fn a_change_of_the_source_or_the_request_is_noticed() {
-    let site = Site::with_lines(0.2);
-    let key = |request: &PrepareRequest| cache_key(request, &Files::list(&request.sources).unwrap());
-    let request = site.request();
-    let mut keys = vec![key(&request), key(&PrepareRequest { held_out_fraction: 0.3, ..request.clone() })];
-    site.write("b.jsonl", lines(0..1));
-    keys.push(key(&request));
-    let file = fs::File::options().write(true).open(site.text().join("b.jsonl")).unwrap();
-    file.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(1)).unwrap();
-    keys.push(key(&request));
-    fs::rename(site.text().join("b.jsonl"), site.text().join("c.jsonl")).unwrap();
-    keys.push(key(&request));
-    assert_eq!(keys.iter().collect::<HashSet<_>>().len(), keys.len());
-}
-
-#[test]
-fn damaged_shards_are_made_anew() {
-    let site = Site::with_lines(0.2);
-    let dataset = site.prepare().unwrap();
-    let expected = tokens(train(&dataset));
-    let check = |name: &str, damage: &dyn Fn(&Path)| {
-        // Under a new name: what is mapped must not change.
-        let path = site.cached_file(&dataset, name);
-        let content = fs::read(&path).unwrap();
-        fs::remove_file(&path).unwrap();
-        fs::write(&path, content).unwrap();
-        damage(&path);
-        assert_eq!(tokens(train(&site.prepare().unwrap())), expected, "{name}");
-        assert_eq!(site.cached().len(), 1);
-    };
-    check("train-0.tokens", &|path| {
-        fs::File::options().write(true).open(path).unwrap().set_len(100).unwrap();
-    });
-    check("held_out.tokens", &|path| fs::write(path, b"").unwrap());
-    check("stats.json", &|path| fs::write(path, b"{").unwrap());
-    check("train-0.tokens", &|path| fs::remove_file(path).unwrap());
 }
 
 #[test]
@@ -397,54 +208,6 @@ fn cancelling_leaves_nothing() {
         assert!(matches!(result, Err(DataError::Cancelled)), "{stop}");
         assert!(site.cached().is_empty(), "{stop}: {:?}", site.cached());
     }
-}
-
-#[test]
-fn what_a_killed_process_left_is_removed() {
-    let site = Site::with_lines(0.2);
-    let leftover = site.cache().join("preparing");
-    fs::create_dir_all(&leftover).unwrap();
-    fs::write(leftover.join("train-0.tokens"), b"half").unwrap();
-    let dataset = site.prepare().unwrap();
-    assert_eq!(site.cached(), [dataset.cache_key.to_string()]);
-}
-
-#[test]
-fn the_keys_used_last_are_kept() {
-    let site = Site::with_lines(0.2);
-    let with = |fraction: f64| {
-        prepare(&PrepareRequest { held_out_fraction: fraction, ..site.request() }, &|_| {}, &|| false)
-            .unwrap()
-    };
-    let age = |dataset: &Dataset, hours: u64| {
-        let folder = fs::File::open(site.cache().join(dataset.cache_key.to_string())).unwrap();
-        folder.set_modified(SystemTime::now() - Duration::from_secs(3_600 * hours)).unwrap();
-    };
-    let datasets = [0.1, 0.2, 0.3, 0.4].map(with);
-    for (dataset, hours) in datasets.iter().zip([9, 8, 7, 6]) {
-        age(dataset, hours);
-    }
-    with(0.1); // used again, no longer the oldest
-    let newest = with(0.5);
-    let mut expected: Vec<String> = [0, 2, 3]
-        .map(|index: usize| datasets[index].cache_key.to_string())
-        .into_iter()
-        .chain([newest.cache_key.to_string()])
-        .collect();
-    expected.sort();
-    assert_eq!(site.cached(), expected);
-    // What was removed is still mapped.
-    assert!(!tokens(train(&datasets[1])).is_empty());
-}
-
-#[test]
-fn two_processes_cannot_prepare_in_one_cache() {
-    let site = Site::with_lines(0.2);
-    let other = Cache::open(&site.cache()).unwrap();
-    let error = site.prepare().unwrap_err();
-    assert!(matches!(error, DataError::Busy { .. }), "{error}");
-    drop(other);
-    assert!(site.prepare().is_ok());
 }
 
 #[test]

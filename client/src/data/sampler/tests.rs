@@ -55,7 +55,7 @@ fn rewind(sampler: &mut Sampler) {
 
 /// First tokens of the windows of the sampler's current epoch.
 fn epoch(sampler: &mut Sampler) -> Vec<i64> {
-    let windows = sampler.sources[0].order.windows.len();
+    let windows = sampler.sources[0].order().windows.len();
     let length = usize::try_from(sampler.sources[0].plan.sequence_length).unwrap();
     draw(sampler, windows).chunks(length + 1).map(|window| window[0]).collect()
 }
@@ -66,8 +66,8 @@ proptest! {
         let tokens = u32::try_from(length).unwrap() + more;
         let mut sampler = sampler(tokens, length, seed, "a");
         for _ in 0..3 {
-            let offset = i64::try_from(sampler.sources[0].order.offset).unwrap();
-            let windows = sampler.sources[0].order.windows.len();
+            let offset = i64::try_from(sampler.sources[0].order().offset).unwrap();
+            let windows = sampler.sources[0].order().windows.len();
             prop_assert!(offset < i64::try_from(length).unwrap());
             let batch = draw(&mut sampler, windows);
             let mut predicted = Vec::new();
@@ -196,6 +196,22 @@ fn a_shard_without_a_whole_sequence_is_an_error() {
         let error = Sampler::new(mixture_of(shard), sequence_length, 0, "a").unwrap_err();
         assert!(matches!(error, DataError::TooShort { .. }), "{error}");
     }
+}
+
+/// Whoever opens a sampler does not wait for an order, and none is made in vain when it goes on at a cursor.
+#[test]
+fn an_order_is_made_once_where_the_first_sequence_is_drawn() {
+    let mut sampler = sampler(100, 10, 3, "a");
+    sampler.seek(&Cursor { sources: vec![SourceCursor { epoch: 5, position: 2, sequences: 50 }] });
+    assert!(sampler.sources[0].order.is_none());
+    draw(&mut sampler, 1);
+    let made = |sampler: &Sampler| {
+        let order = sampler.sources[0].order.as_ref().unwrap();
+        (order.epoch, order.windows.as_ptr())
+    };
+    let first = made(&sampler);
+    draw(&mut sampler, 2);
+    assert_eq!((first.0, made(&sampler)), (5, first));
 }
 
 #[test]

@@ -79,7 +79,7 @@ impl Drop for Writer {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, io::Write};
+    use std::{fs, io::Write, os::fd::OwnedFd};
 
     use super::{
         super::{super::Moments, load},
@@ -128,17 +128,38 @@ mod tests {
         assert_eq!(load(&parent.join("x")).unwrap(), Some(checkpoint(3)));
     }
 
+    /// Each checkpoint that can be read counts on rows that are there, rows that come while it is written are neither
+    /// lost nor counted on, and none waits for them.
     #[test]
     fn the_file_that_a_checkpoint_counts_on_may_go_on_growing() {
+        const CHECKPOINTS: u64 = 20;
         let folder = tempfile::tempdir().unwrap();
-        let rows = folder.path().join("rows");
+        let (rows, path) = (folder.path().join("rows"), folder.path().join("x"));
         let mut file = File::create(&rows).unwrap();
-        let mut writer = Writer::new(&folder.path().join("x"), Some(file.try_clone().unwrap()));
-        for row in 0..3 {
-            writeln!(file, "{row}").unwrap();
-            writer.begin(checkpoint(row)).unwrap();
+        let mut writer = Writer::new(&path, Some(file.try_clone().unwrap()));
+        for begun in 1..=CHECKPOINTS {
+            writeln!(file, "row {}", 2 * begun - 1).unwrap();
+            writer.begin(checkpoint(begun)).unwrap();
+            writeln!(file, "row {}", 2 * begun).unwrap();
+            let found = load::<u64>(&path).unwrap().map_or(0, |checkpoint| checkpoint.progress);
+            assert!([begun - 1, begun].contains(&found), "{found} is there once {begun} was begun");
         }
         writer.wait().unwrap();
-        assert_eq!(fs::read_to_string(&rows).unwrap(), "0\n1\n2\n");
+        assert_eq!(load(&path).unwrap(), Some(checkpoint(CHECKPOINTS)));
+        let expected: String = (1..=2 * CHECKPOINTS).map(|row| format!("row {row}\n")).collect();
+        assert_eq!(fs::read_to_string(&rows).unwrap(), expected);
+    }
+
+    #[test]
+    fn there_is_no_checkpoint_before_what_it_counts_on_is_on_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x");
+        // A pipe takes what is written to it, and cannot be brought to a disk.
+        let (_reader, pipe) = std::io::pipe().unwrap();
+        let mut writer = Writer::new(&path, Some(File::from(OwnedFd::from(pipe))));
+        writer.begin(checkpoint(1)).unwrap();
+        let error = writer.wait().unwrap_err();
+        assert!(matches!(error, CheckpointError::Io { action: "write", .. }), "{error}");
+        assert_eq!(load::<u64>(&path).unwrap(), None);
     }
 }

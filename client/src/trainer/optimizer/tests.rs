@@ -158,10 +158,25 @@ fn muon_moves_matrices_by_orthogonal_updates_and_keeps_second_moments_of_the_oth
 }
 
 #[test]
-fn moments_of_another_optimizer_are_refused() {
+fn moments_of_another_optimizer_are_refused_by_name_and_change_nothing() {
     let parameters = parameters();
-    let muon = Optimizer::new(&spec("muon"), &parameters, Device::Cpu).unwrap().moments().unwrap();
-    let mut adamw = Optimizer::new(&spec("adamw"), &parameters, Device::Cpu).unwrap();
-    let error = adamw.load_moments(&muon).unwrap_err().to_string();
-    assert!(error.contains("second moments"), "{error}");
+    let optimizer = |kind| Optimizer::new(&spec(kind), &parameters, Device::Cpu).unwrap();
+    let kinds = ["adamw", "adopt", "muon"];
+    for found in kinds {
+        let moments = Moments { steps: 7, ..optimizer(found).moments().unwrap() };
+        for expected in kinds {
+            let mut other = optimizer(expected);
+            if found == expected {
+                other.load_moments(&moments).unwrap();
+                assert_eq!(other.moments().unwrap(), moments);
+                continue;
+            }
+            let error = other.load_moments(&moments).unwrap_err().to_string();
+            assert!(
+                error.contains(&format!("that of {found}, and what is trained with is {expected}")),
+                "{error}"
+            );
+            assert_eq!(other.moments().unwrap().steps, 0);
+        }
+    }
 }

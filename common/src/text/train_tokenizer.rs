@@ -2,13 +2,12 @@
 //! first token is the end of text, then the 256 bytes, then one token for each merge (Sennrich et al., arXiv
 //! 1508.07909, section 3.2, over bytes as in Radford et al., 2019).
 //!
-//! The sample is the documents with the least BLAKE3 digests, up to the first that its bound does not hold: the
-//! same whatever the order of the files and the number of threads, and without repetitions. So is the tokenizer. Memory is the
-//! sample, the sample's distinct words and a batch of pieces.
+//! The sample is the documents (of long `.txt` files: their stretches) with the least BLAKE3 digests, up to the first
+//! that its bound does not hold: the same whatever the order of the files and the number of threads, and without
+//! repetitions. So is the tokenizer. Memory is the sample, the sample's distinct words and a batch of pieces.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::PathBuf};
 
-use consort_common::tokenizer::{BYTE_END_OF_TEXT, byte_characters};
 use rayon::prelude::*;
 use tokenizers::{
     AddedToken, Tokenizer,
@@ -20,11 +19,12 @@ use tokenizers::{
 };
 
 use super::{
-    documents::{self, Parsed, Piece, Reader},
-    error::DataError,
-    mixture::{self, Source},
-    source,
+    documents::{Cancelled, Piece, Reader},
+    error::TextError,
+    parse::{Parsed, parse, parts},
+    source::list,
 };
+use crate::tokenizer::{BYTE_END_OF_TEXT, byte_characters};
 
 /// Pieces parsed at a time.
 const BATCH_PIECES_MAX: usize = 4096;
@@ -38,8 +38,10 @@ const VOCABULARY_MIN: usize = 257;
 /// What to make a tokenizer of.
 #[derive(Debug, Clone)]
 pub struct TokenizerRequest {
-    /// The text; shares mean nothing here.
-    pub sources: Vec<Source>,
+    /// Files and folders with text.
+    pub sources: Vec<PathBuf>,
+    /// The field of `.jsonl` lines, or the column of `.parquet` files, that is the text.
+    pub text_key: String,
     /// Tokens that the tokenizer shall have, the end of text included.
     pub vocabulary: usize,
     /// Most bytes of text to learn from.
@@ -53,7 +55,7 @@ pub struct TrainedTokenizer {
     pub json: String,
     /// Its tokens: fewer than asked for if the sample has too few different words.
     pub vocabulary: usize,
-    /// Distinct documents in the sample.
+    /// Distinct documents in the sample, and stretches of long ones.
     pub documents: u64,
     /// Their bytes.
     pub sample_bytes: u64,
@@ -68,10 +70,10 @@ pub struct TrainedTokenizer {
 /// A source is missing or holds no text, or the vocabulary cannot hold the bytes.
 pub fn train_tokenizer(
     request: &TokenizerRequest,
-    progress: &mut dyn FnMut(u64, u64),
-    learning: &mut dyn FnMut(),
-) -> Result<TrainedTokenizer, DataError> {
-    let failed = |reason: String| DataError::TokenizerTraining { reason };
+    progress: &dyn Fn(u64, u64),
+    learning: &dyn Fn(),
+) -> Result<TrainedTokenizer, TextError> {
+    let failed = |reason: String| TextError::TokenizerTraining { reason };
     if request.vocabulary < VOCABULARY_MIN {
         return Err(failed(format!(
             "a vocabulary of {} has no room for the 256 bytes and the end of text",
@@ -92,7 +94,7 @@ pub fn train_tokenizer(
     let mut tokenizer = Tokenizer::new(BPE::default());
     tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
     tokenizer.with_decoder(Some(ByteLevel::default()));
-    let parts = sample.texts.values().flat_map(|text| documents::parts(text, PART_BYTES_MAX));
+    let parts = sample.texts.values().flat_map(|text| parts(text, PART_BYTES_MAX));
     tokenizer.train(&mut trainer, parts).map_err(|error| failed(error.to_string()))?;
     Ok(TrainedTokenizer {
         json: tokenizer.to_string(true).map_err(|error| failed(error.to_string()))?,
@@ -103,17 +105,17 @@ pub fn train_tokenizer(
     })
 }
 
-/// The documents with the least digests.
+/// The texts with the least digests.
 #[derive(Default)]
 struct Sample {
     texts: BTreeMap<u64, String>,
     bytes: u64,
-    /// The least digest that was let go: none from it on belongs to the sample, however short its document.
+    /// The least digest that was let go: none from it on belongs to the sample, however short its text.
     end: Option<u64>,
 }
 
 impl Sample {
-    /// Takes a document in and lets those go that are beyond the bound; the first one stays in any case.
+    /// Takes a text in and lets those go that are beyond the bound; the first one stays in any case.
     fn add(&mut self, digest: u64, text: &str, bytes_max: u64) {
         let is_beyond = self.end.is_some_and(|end| digest >= end);
         if is_beyond || text.trim().is_empty() || self.texts.contains_key(&digest) {
@@ -130,39 +132,30 @@ impl Sample {
 }
 
 /// Reads everything; also how many files, lines and rows were skipped.
-fn sample(
-    request: &TokenizerRequest,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<(Sample, u64), DataError> {
-    let problems = mixture::problems(&request.sources);
-    if !problems.is_empty() {
-        return Err(DataError::Sources { problems });
-    }
+fn sample(request: &TokenizerRequest, progress: &dyn Fn(u64, u64)) -> Result<(Sample, u64), TextError> {
     let mut files = Vec::new();
     let mut skipped = 0;
     for (index, source) in request.sources.iter().enumerate() {
-        let listing = source::list(&source.path, index)?;
+        let listing = list(source, index, &request.text_key)?;
         skipped += listing.faults.len() as u64;
         files.extend(listing.files);
     }
     let bytes_total = files.iter().map(|file| file.bytes).sum();
-    let mut reader = Reader::new(&request.sources, &files);
+    // Whoever stops this ends the process: nothing is written before it is done.
+    let mut reader = Reader::new(&files, &|| false);
     let mut sample = Sample::default();
     let mut first_fault = None;
     loop {
-        let batch = read_batch(&mut reader);
+        let batch = read_batch(&mut reader)?;
         if batch.is_empty() {
             break;
         }
-        let parse = |piece: Piece| {
-            let text_key = &request.sources[files[piece.file].source].text_key;
-            documents::parse(piece.content, text_key)
-        };
+        let parse = |piece: Piece| parse(piece.content, &request.text_key);
         for result in batch.into_par_iter().map(parse).collect::<Vec<_>>() {
             match result {
-                Ok(Parsed { text, documents }) => {
-                    for document in documents {
-                        sample.add(document.digest, &text[document.range], request.sample_bytes_max);
+                Ok(Parsed { text, stretches, .. }) => {
+                    for stretch in stretches {
+                        sample.add(stretch.digest, &text[stretch.range], request.sample_bytes_max);
                     }
                 }
                 Err(reason) => {
@@ -175,22 +168,22 @@ fn sample(
     }
     if sample.texts.is_empty() {
         let first_fault = first_fault.unwrap_or_else(|| "all are empty or blank".to_owned());
-        let paths = request.sources.iter().map(|source| source.path.display().to_string());
+        let paths = request.sources.iter().map(|source| source.display().to_string());
         let paths = paths.collect::<Vec<_>>().join(", ");
-        return Err(DataError::NoDocuments { paths, files: files.len() as u64, first_fault });
+        return Err(TextError::NoDocuments { paths, files: files.len() as u64, first_fault });
     }
     Ok((sample, skipped))
 }
 
-fn read_batch(reader: &mut Reader<'_>) -> Vec<Piece> {
+fn read_batch(reader: &mut Reader<'_>) -> Result<Vec<Piece>, Cancelled> {
     let mut bytes = 0;
     let mut batch = Vec::new();
     while bytes < BATCH_BYTES && batch.len() < BATCH_PIECES_MAX {
-        let Some(piece) = reader.next() else { break };
+        let Some(piece) = reader.next().transpose()? else { break };
         bytes += piece.bytes();
         batch.push(piece);
     }
-    batch
+    Ok(batch)
 }
 
 #[cfg(test)]
@@ -200,14 +193,15 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::data::Tokenizer as Encoder;
+    use crate::text::TEXT_KEY;
 
     fn request(folder: &tempfile::TempDir, vocabulary: usize, sample_bytes_max: u64) -> TokenizerRequest {
-        TokenizerRequest { sources: vec![Source::new(folder.path())], vocabulary, sample_bytes_max }
+        let sources = vec![folder.path().to_owned()];
+        TokenizerRequest { sources, text_key: TEXT_KEY.to_owned(), vocabulary, sample_bytes_max }
     }
 
-    fn train(request: &TokenizerRequest) -> Result<TrainedTokenizer, DataError> {
-        train_tokenizer(request, &mut |_, _| {}, &mut || {})
+    fn train(request: &TokenizerRequest) -> Result<TrainedTokenizer, TextError> {
+        train_tokenizer(request, &|_, _| {}, &|| {})
     }
 
     fn lines(range: std::ops::Range<u32>) -> String {
@@ -226,13 +220,15 @@ mod tests {
         fs::write(folder.path().join("a.jsonl"), lines(0..500)).unwrap();
         let trained = train(&request(&folder, 400, 1 << 20)).unwrap();
         assert_eq!((trained.vocabulary, trained.documents, trained.skipped), (400, 500, 0));
-        let tokenizer = Encoder::from_json(trained.json.as_bytes(), BYTE_END_OF_TEXT).unwrap();
-        assert_eq!((tokenizer.end_of_text(), tokenizer.vocabulary()), (0, 400));
+        let mut tokenizer = Tokenizer::from_bytes(trained.json).unwrap();
+        assert_eq!((tokenizer.token_to_id(BYTE_END_OF_TEXT), tokenizer.get_vocab_size(true)), (Some(0), 400));
+        // As text is encoded that is trained on: nothing in it is a token of its own.
+        tokenizer.set_encode_special_tokens(true);
         for text in ["the quick brown fox", "<|endoftext|> 東京\n\t ü", ""] {
-            let ids = tokenizer.encode(text).unwrap();
-            assert_eq!(tokenizer.decode(&ids).unwrap(), text);
+            let encoding = tokenizer.encode(text, false).unwrap();
+            assert_eq!(tokenizer.decode(encoding.get_ids(), false).unwrap(), text);
         }
-        assert!(tokenizer.encode("the quick brown fox").unwrap().len() < 6);
+        assert!(tokenizer.encode("the quick brown fox", false).unwrap().len() < 6);
     }
 
     #[test]
@@ -289,6 +285,6 @@ mod tests {
         assert!(error.to_string().contains("no room for the 256 bytes"), "{error}");
         fs::write(folder.path().join("a.txt"), " ").unwrap();
         let error = train(&request(&folder, 1_000, 100)).unwrap_err();
-        assert!(matches!(error, DataError::NoDocuments { .. }), "{error}");
+        assert!(matches!(error, TextError::NoDocuments { .. }), "{error}");
     }
 }

@@ -1,30 +1,40 @@
 //! Tests of reading: formats, bounds, damage.
 
-use std::{fs, io::Write};
+use std::{
+    fs,
+    io::Write,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use proptest::prelude::*;
 
-use super::{super::source, *};
+use super::{
+    super::{
+        parse::{Parsed, STRETCH_BYTES_MAX, parse, parts},
+        source::{TEXT_KEY, list},
+    },
+    *,
+};
 
-/// Everything that is read of one file: documents, and faults as "line: reason".
-struct Found {
-    documents: Vec<String>,
-    faults: Vec<String>,
+/// Everything that is read of one file: stretches of text, and faults as "line: reason".
+pub(in super::super) struct Found {
+    texts: Vec<String>,
+    pub(in super::super) faults: Vec<String>,
 }
 
-fn read_bounded(name: &str, bytes: &[u8], piece_bytes_max: usize) -> Found {
+pub(in super::super) fn read_bounded(name: &str, bytes: &[u8], piece_bytes_max: usize) -> Found {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join(name), bytes).unwrap();
-    let listing = source::list(folder.path(), 0).unwrap();
-    let sources = [Source::new(folder.path())];
-    let mut reader = Reader::new(&sources, &listing.files);
+    let listing = list(folder.path(), 0, TEXT_KEY).unwrap();
+    let mut reader = Reader::new(&listing.files, &|| false);
     reader.piece_bytes_max = piece_bytes_max;
-    let mut found = Found { documents: Vec::new(), faults: Vec::new() };
+    let mut found = Found { texts: Vec::new(), faults: Vec::new() };
     for piece in reader.by_ref() {
+        let piece = piece.unwrap();
         assert!(piece.bytes() <= piece_bytes_max + 1 || matches!(piece.content, Content::Fault(_)));
         match parse(piece.content, "text") {
-            Ok(Parsed { text, documents }) => {
-                found.documents.extend(documents.into_iter().map(|document| text[document.range].to_owned()));
+            Ok(Parsed { text, stretches, .. }) => {
+                found.texts.extend(stretches.into_iter().map(|stretch| text[stretch.range].to_owned()));
             }
             Err(reason) => found.faults.push(format!("{}: {reason}", piece.line.unwrap_or_default())),
         }
@@ -33,9 +43,9 @@ fn read_bounded(name: &str, bytes: &[u8], piece_bytes_max: usize) -> Found {
     found
 }
 
-fn check(name: &str, bytes: &[u8], documents: &[&str], faults: &[&str]) {
+pub(in super::super) fn check(name: &str, bytes: &[u8], texts: &[&str], faults: &[&str]) {
     let found = read_bounded(name, bytes, 64);
-    assert_eq!(found.documents, documents, "{name}");
+    assert_eq!(found.texts, texts, "{name}");
     assert_eq!(found.faults.len(), faults.len(), "{:?}", found.faults);
     for (found, expected) in found.faults.iter().zip(faults) {
         assert!(found.contains(expected), "{found:?} has no {expected:?}");
@@ -60,72 +70,6 @@ fn every_format_gives_its_documents() {
     check("a.txt.gz", &gzip(b"text"), &["text"], &[]);
     check("a.txt.zst", &zstd::encode_all(&b"text"[..], 1).unwrap(), &["text"], &[]);
     check("a.txt", b"", &[], &[]);
-}
-
-/// A file with one text column, in row groups of three rows.
-fn parquet(schema: &str, rows: &[Option<&str>], compression: parquet::basic::Compression) -> Vec<u8> {
-    use parquet::{data_type::ByteArrayType, file};
-    let schema = parquet::schema::parser::parse_message_type(schema).unwrap();
-    let properties = file::properties::WriterProperties::builder().set_compression(compression).build();
-    let mut bytes = Vec::new();
-    let mut writer =
-        file::writer::SerializedFileWriter::new(&mut bytes, schema.into(), properties.into()).unwrap();
-    for rows in rows.chunks(3) {
-        let mut group = writer.next_row_group().unwrap();
-        let levels: Vec<i16> = rows.iter().map(|row| i16::from(row.is_some())).collect();
-        let texts: Vec<_> =
-            rows.iter().flatten().map(|text| parquet::data_type::ByteArray::from(*text)).collect();
-        while let Some(mut column) = group.next_column().unwrap() {
-            column.typed::<ByteArrayType>().write_batch(&texts, Some(&levels), None).unwrap();
-            column.close().unwrap();
-        }
-        group.close().unwrap();
-    }
-    writer.close().unwrap();
-    bytes
-}
-
-const PARQUET: &str = "message rows { optional binary id (UTF8); optional binary text (UTF8); }";
-
-#[test]
-fn the_rows_of_a_parquet_file_are_documents() {
-    use parquet::basic::{Compression, GzipLevel, ZstdLevel};
-    let rows = [Some("one"), None, Some("zwei\nü"), Some(""), Some("five"), Some("six"), Some("seven")];
-    for compression in [
-        Compression::UNCOMPRESSED,
-        Compression::SNAPPY,
-        Compression::GZIP(GzipLevel::default()),
-        Compression::ZSTD(ZstdLevel::default()),
-        Compression::LZ4_RAW,
-    ] {
-        let file = parquet(PARQUET, &rows, compression);
-        check(
-            "a.parquet",
-            &file,
-            &["one", "zwei\nü", "five", "six", "seven"],
-            &["2: there is no text (null)"],
-        );
-    }
-    let long = "x".repeat(65);
-    let file = parquet(PARQUET, &[Some(&long), Some("two"), Some("a\0b")], Compression::SNAPPY);
-    check("a.parquet", &file, &["two"], &["1: the text is longer than 64 bytes", "3: not text: a NUL"]);
-}
-
-#[test]
-fn a_parquet_file_without_the_column_or_damaged_is_skipped_with_its_reason() {
-    let compression = parquet::basic::Compression::SNAPPY;
-    let other = "message rows { optional binary body (UTF8); optional binary title (UTF8); }";
-    let file = parquet(other, &[Some("one")], compression);
-    check(
-        "a.parquet",
-        &file,
-        &[],
-        &["0: cannot be read on: it has no column \"text\"; there are body, title"],
-    );
-    let good = parquet(PARQUET, &[Some("one"), Some("two")], compression);
-    check("a.parquet", b"not parquet at all", &[], &["cannot be read on"]);
-    check("a.parquet", &good[..good.len() - 9], &[], &["cannot be read on"]);
-    check("a.parquet", &good[..2], &[], &["cannot be read on"]);
 }
 
 #[test]
@@ -185,10 +129,10 @@ fn a_truncated_archive_gives_its_whole_lines_only() {
     ];
     for (name, archive) in archives {
         let found = read_bounded(name, &archive, 64);
-        assert_eq!((found.documents.len(), found.faults.len()), (5_000, 0), "{name}");
+        assert_eq!((found.texts.len(), found.faults.len()), (5_000, 0), "{name}");
         let found = read_bounded(name, &archive[..archive.len() - 500], 64);
-        assert!(found.documents.len() < 5_000, "{name}");
-        assert!(found.documents.iter().all(|document| document.starts_with("line ")));
+        assert!(found.texts.len() < 5_000, "{name}");
+        assert!(found.texts.iter().all(|text| text.starts_with("line ")));
         assert_eq!(found.faults.len(), 1, "{:?}", found.faults);
         assert!(found.faults[0].contains("cannot be read on"), "{:?}", found.faults);
     }
@@ -210,27 +154,62 @@ fn a_line_that_is_too_long_is_skipped_without_being_held() {
     check("a.jsonl", line(65).as_bytes(), &[], &["1: the line is longer"]);
 }
 
+/// A line that is skipped, blank lines, a text: all far longer than what is read between two questions.
+#[test]
+fn reading_is_cancelled_within_a_piece() {
+    let long = vec![b'x'; 1 << 20];
+    let files = [
+        ("a.jsonl", long.clone()),
+        ("a.jsonl.gz", gzip(&long)),
+        ("a.jsonl.zst", zstd::encode_all(&long[..], 1).unwrap()),
+        ("b.jsonl", vec![b'\n'; 1 << 20]),
+        ("a.txt", long),
+    ];
+    for (name, bytes) in files {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join(name), bytes).unwrap();
+        let listing = list(folder.path(), 0, TEXT_KEY).unwrap();
+        let read = |stop: usize| {
+            let asked = AtomicUsize::new(0);
+            let cancelled = || asked.fetch_add(1, Ordering::Relaxed) == stop;
+            let mut reader = Reader::new(&listing.files, &cancelled);
+            if name.contains("jsonl") {
+                reader.piece_bytes_max = 64;
+            }
+            let is_cancelled = reader.take_while(Result::is_ok).count() == 0;
+            (is_cancelled, asked.into_inner())
+        };
+        assert!(read(usize::MAX).1 >= (1 << 20) / READ_BYTES, "{name}");
+        for stop in [0, 1, 7] {
+            assert_eq!(read(stop), (true, stop + 1), "{name}");
+        }
+    }
+}
+
 #[test]
 fn a_long_text_is_read_in_pieces() {
     let text: String =
         (0..200).map(|line| format!("Zeile {line} – ü\n{}", if line % 3 == 0 { "\n" } else { "" })).collect();
     let found = read_bounded("a.txt", text.as_bytes(), 64);
-    assert!(found.documents.len() > 40);
-    assert_eq!(found.documents.concat(), text);
-    assert!(found.documents[..found.documents.len() - 1].iter().all(|piece| piece.ends_with("\n\n")));
+    assert!(found.texts.len() > 40);
+    assert_eq!(found.texts.concat(), text);
+    assert!(found.texts[..found.texts.len() - 1].iter().all(|piece| piece.ends_with("\n\n")));
 }
 
 #[test]
-fn a_text_file_becomes_documents_of_bounded_length() {
+fn a_long_text_has_stretches_of_bounded_length_and_one_digest() {
     let paragraph = format!("{}\n\n", "word ".repeat(100));
-    let text = paragraph.repeat(100);
+    let text = paragraph.repeat(400);
     let found = read_bounded("a.txt", text.as_bytes(), PIECE_BYTES_MAX);
-    assert_eq!(
-        found.documents.len(),
-        text.len().div_ceil(TXT_DOCUMENT_BYTES_MAX / paragraph.len() * paragraph.len())
-    );
-    assert!(found.documents.iter().all(|document| document.ends_with("\n\n")));
-    assert_eq!(found.documents.concat(), text);
+    assert_eq!(found.texts.len(), text.len().div_ceil(STRETCH_BYTES_MAX / paragraph.len() * paragraph.len()));
+    assert!(found.texts.iter().all(|stretch| stretch.ends_with("\n\n")));
+    assert_eq!(found.texts.concat(), text);
+    let parsed = |text: &str| parse(Content::Text(text.into()), "text").unwrap();
+    let (long, other) = (parsed(&text), parsed(&(text.clone() + "more")));
+    assert_eq!(long.stretches[0].digest, other.stretches[0].digest);
+    assert_ne!(long.digest, other.digest);
+    let short = parsed(&paragraph);
+    assert_eq!((short.stretches.len(), short.stretches[0].digest), (1, short.digest));
 }
 
 #[test]
@@ -257,23 +236,6 @@ proptest! {
         let found: Vec<&str> = parts(&text, bytes_max).collect();
         prop_assert_eq!(found.concat(), text.as_str());
         prop_assert!(found.iter().all(|part| !part.is_empty() && part.len() <= bytes_max));
-    }
-
-    #[test]
-    fn a_damaged_parquet_file_is_never_fatal(
-        damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8), cut in any::<prop::sample::Index>(),
-        whole: bool,
-    ) {
-        let rows = [Some("one"), None, Some("three"), Some("three"), Some("five and more")];
-        let mut bytes = parquet(PARQUET, &rows, parquet::basic::Compression::SNAPPY);
-        for (at, byte) in damage {
-            let at = at.index(bytes.len());
-            bytes[at] = byte;
-        }
-        if !whole {
-            bytes.truncate(cut.index(bytes.len()));
-        }
-        read_bounded("a.parquet", &bytes, 64);
     }
 
     #[test]

@@ -5,15 +5,19 @@
 
 use std::{
     path::{Path, PathBuf},
+    sync::Arc,
     time::UNIX_EPOCH,
 };
 
+use serde::{Deserialize, Serialize};
 use walkdir::WalkDir;
 
-use super::{error::DataError, stats::Skipped};
+use super::error::TextError;
 
+/// The field of a `.jsonl` file's lines, or the column of a `.parquet` file, that is the text, unless it is said.
+pub const TEXT_KEY: &str = "text";
 /// Most files of one source; a listing of this length takes some 200 MB of memory.
-pub(super) const FILES_MAX: usize = 1 << 20;
+const FILES_MAX: usize = 1 << 20;
 
 /// What a file is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,26 +37,52 @@ pub(super) enum Compression {
 
 /// A file with text.
 #[derive(Debug, Clone)]
-pub(super) struct SourceFile {
+pub struct SourceFile {
     /// Index of the source.
-    pub(super) source: usize,
+    pub source: usize,
     /// Relative to the source.
-    pub(super) relative: PathBuf,
-    pub(super) path: PathBuf,
+    pub relative: PathBuf,
+    /// Where it is.
+    pub path: PathBuf,
     /// Bytes on disk.
-    pub(super) bytes: u64,
+    pub bytes: u64,
     /// Nanoseconds since 1970, 0 where the file system does not say.
-    pub(super) modified_ns: u128,
+    pub modified_ns: u128,
+    /// The field or column that is the text, where there are such.
+    pub text_key: Arc<str>,
     pub(super) format: Format,
     pub(super) compression: Compression,
 }
 
 /// The files of a source, sorted by relative path.
 #[derive(Debug)]
-pub(super) struct Listing {
-    pub(super) files: Vec<SourceFile>,
+pub struct Listing {
+    /// Files with text.
+    pub files: Vec<SourceFile>,
     /// Folders and files that could not be looked at.
-    pub(super) faults: Vec<Skipped>,
+    pub faults: Vec<Skipped>,
+}
+
+/// Something that was skipped, and why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Skipped {
+    /// Path relative to the source.
+    pub file: String,
+    /// Line in the file (row, of a .parquet file), from 1; absent where a file or a piece of it was skipped.
+    pub line: Option<u64>,
+    /// What was wrong; never content.
+    pub reason: String,
+}
+
+impl std::fmt::Display for Skipped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let rows = self.file.to_ascii_lowercase().ends_with(".parquet");
+        match self.line {
+            Some(row) if rows => write!(f, "{}, row {row}: {}", self.file, self.reason),
+            Some(line) => write!(f, "{}, line {line}: {}", self.file, self.reason),
+            None => write!(f, "{}: {}", self.file, self.reason),
+        }
+    }
 }
 
 /// What kind of text a file name promises.
@@ -73,12 +103,13 @@ fn kind(name: &str) -> Option<(Format, Compression)> {
 }
 
 /// Lists a directory (with all below it, through links, without names that begin with a dot) or one file, as
-/// source number `index`.
+/// source number `index` whose text is in the field or column `text_key`.
 ///
 /// # Errors
 /// If `source` is missing, unreadable, or holds no file with text.
-pub(super) fn list(source: &Path, index: usize) -> Result<Listing, DataError> {
-    let unreadable = |error| DataError::Source { path: source.to_owned(), source: error };
+pub fn list(source: &Path, index: usize, text_key: &str) -> Result<Listing, TextError> {
+    let text_key: Arc<str> = text_key.into();
+    let unreadable = |error| TextError::Source { path: source.to_owned(), source: error };
     if source.metadata().map_err(unreadable)?.is_dir() {
         source.read_dir().map_err(unreadable)?;
     }
@@ -90,9 +121,9 @@ pub(super) fn list(source: &Path, index: usize) -> Result<Listing, DataError> {
     for entry in WalkDir::new(source).follow_links(true).into_iter().filter_entry(|entry| !hidden(entry)) {
         match entry.and_then(|entry| Ok((entry.metadata()?, entry))) {
             Ok((metadata, entry)) if metadata.is_file() => {
-                match source_file(source, index, &entry, &metadata) {
+                match source_file(source, index, &text_key, &entry, &metadata) {
                     Some(_) if listing.files.len() == FILES_MAX => {
-                        return Err(DataError::TooManyFiles { path: source.to_owned(), limit: FILES_MAX });
+                        return Err(TextError::TooManyFiles { path: source.to_owned(), limit: FILES_MAX });
                     }
                     Some(file) => listing.files.push(file),
                     None => other_files += 1,
@@ -103,7 +134,7 @@ pub(super) fn list(source: &Path, index: usize) -> Result<Listing, DataError> {
         }
     }
     if listing.files.is_empty() {
-        return Err(DataError::NoFiles { path: source.to_owned(), other_files });
+        return Err(TextError::NoFiles { path: source.to_owned(), other_files });
     }
     listing.files.sort_by(|a, b| {
         a.relative.as_os_str().as_encoded_bytes().cmp(b.relative.as_os_str().as_encoded_bytes())
@@ -127,14 +158,15 @@ pub struct Survey {
 ///
 /// # Errors
 /// If `source` is missing, unreadable, or holds no file with text.
-pub fn survey(source: &Path) -> Result<Survey, DataError> {
-    let Listing { files, faults } = list(source, 0)?;
+pub fn survey(source: &Path) -> Result<Survey, TextError> {
+    let Listing { files, faults } = list(source, 0, TEXT_KEY)?;
     Ok(Survey { files: files.len() as u64, bytes: files.iter().map(|file| file.bytes).sum(), faults })
 }
 
 fn source_file(
     source: &Path,
     index: usize,
+    text_key: &Arc<str>,
     entry: &walkdir::DirEntry,
     metadata: &std::fs::Metadata,
 ) -> Option<SourceFile> {
@@ -151,6 +183,7 @@ fn source_file(
         path: entry.path().to_owned(),
         bytes: metadata.len(),
         modified_ns: modified.map_or(0, |time| time.as_nanos()),
+        text_key: text_key.clone(),
         format,
         compression,
     })
@@ -217,7 +250,7 @@ mod tests {
             ".git/x.txt",
             "c.pdf",
         ]);
-        let listing = list(folder.path(), 0).unwrap();
+        let listing = list(folder.path(), 0, TEXT_KEY).unwrap();
         assert_eq!(names(&listing), ["a.txt", "a/b/c.txt.gz", "a/z.jsonl", "b.txt"]);
         assert!(listing.files.iter().all(|file| file.bytes == 4 && file.modified_ns > 0));
     }
@@ -225,7 +258,7 @@ mod tests {
     #[test]
     fn one_file_is_a_source() {
         let folder = folder_with(&["a.txt", "b.txt"]);
-        assert_eq!(names(&list(&folder.path().join("b.txt"), 0).unwrap()), ["b.txt"]);
+        assert_eq!(names(&list(&folder.path().join("b.txt"), 0, TEXT_KEY).unwrap()), ["b.txt"]);
     }
 
     #[test]
@@ -236,7 +269,7 @@ mod tests {
         std::os::unix::fs::symlink(elsewhere.path(), folder.path().join("linked")).unwrap();
         std::os::unix::fs::symlink(folder.path(), folder.path().join("real/loop")).unwrap();
         std::os::unix::fs::symlink("nowhere", folder.path().join("broken.txt")).unwrap();
-        let listing = list(folder.path(), 0).unwrap();
+        let listing = list(folder.path(), 0, TEXT_KEY).unwrap();
         assert_eq!(names(&listing), ["linked/b.txt", "real/a.txt"]);
         let faults: Vec<&str> = listing.faults.iter().map(|fault| fault.file.as_str()).collect();
         assert_eq!(faults, ["broken.txt", "real/loop"]);
@@ -245,14 +278,14 @@ mod tests {
     #[test]
     fn a_source_without_text_is_an_error() {
         let folder = folder_with(&["a.pdf", "b.json"]);
-        let error = list(folder.path(), 0).unwrap_err();
-        assert!(matches!(error, DataError::NoFiles { other_files: 2, .. }), "{error}");
+        let error = list(folder.path(), 0, TEXT_KEY).unwrap_err();
+        assert!(matches!(error, TextError::NoFiles { other_files: 2, .. }), "{error}");
         assert!(error.to_string().contains(".jsonl"), "{error}");
-        let error = list(&folder.path().join("missing"), 0).unwrap_err();
-        assert!(matches!(error, DataError::Source { .. }), "{error}");
+        let error = list(&folder.path().join("missing"), 0, TEXT_KEY).unwrap_err();
+        assert!(matches!(error, TextError::Source { .. }), "{error}");
         assert!(matches!(
-            list(tempfile::tempdir().unwrap().path(), 0),
-            Err(DataError::NoFiles { other_files: 0, .. })
+            list(tempfile::tempdir().unwrap().path(), 0, TEXT_KEY),
+            Err(TextError::NoFiles { other_files: 0, .. })
         ));
     }
 }
