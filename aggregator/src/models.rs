@@ -34,6 +34,7 @@ use consort_common::{
     atomic_file,
     chunk::{ChunkPlan, NoSuchChunk},
     codec::{Encoding, ModelEncoding},
+    fragment::Fragment,
     ids::{Digest, RunName},
     units,
 };
@@ -114,9 +115,16 @@ pub struct ModelLayout {
     pub momentum: bool,
     /// Whether it has a second moment.
     pub second_moment: bool,
+    /// Fragments, of which each round changes one.
+    pub fragments: u32,
 }
 
 impl ModelLayout {
+    /// What makes `version`, from 1, of the one before.
+    pub fn fragment(self, version: u32) -> Fragment {
+        Fragment::of_round(self.plan, self.fragments, version)
+    }
+
     /// Whether what rounding drops is kept for the next round.
     pub fn has_residual(self) -> bool {
         self.encoding.residual_decay().is_some()

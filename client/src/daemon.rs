@@ -1,10 +1,13 @@
 //! The daemon as a whole: puts the parts together, and takes them apart again in the right order.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::AtomicU32},
+    time::Duration,
+};
 
 use consort_common::{
     identity::Role,
-    ids::{Digest, RunName, SiteName},
+    ids::{RunName, SiteName},
     tls::{Credentials, CredentialsError, connect_channel, connect_channel_lazy},
 };
 use tokio::sync::{Mutex, watch};
@@ -15,6 +18,7 @@ use crate::{
     config::Config,
     data::Source,
     link::{Link, link},
+    overlap::Held,
     prepare::{self, Material},
     progress::Reporter,
     round,
@@ -66,8 +70,12 @@ pub struct Context {
     pub worker: Worker,
     /// What it computes on.
     pub device: Device,
-    /// The specification that the worker's trainer was built for; touched by the worker's jobs only.
-    pub trainer_of: Arc<std::sync::Mutex<Option<Digest>>>,
+    /// What the worker's trainer holds; touched by the worker's jobs only.
+    pub held: Arc<std::sync::Mutex<Held>>,
+    /// How many first steps of a round were taken ahead.
+    pub steps_ahead: Arc<AtomicU32>,
+    /// The daemon is to end.
+    pub stopping: CancellationToken,
     /// The run prepared last.
     pub material: Mutex<Option<Arc<Material>>>,
 }
@@ -124,7 +132,9 @@ pub async fn run(config: &Config, stop: CancellationToken) -> Result<(), DaemonE
         checkpoint_interval: Duration::from_secs(config.training.checkpoint_seconds),
         worker,
         device,
-        trainer_of: Arc::default(),
+        held: Arc::default(),
+        steps_ahead: Arc::default(),
+        stopping: stop.clone(),
         material: Mutex::default(),
     });
     let performer = context.clone();

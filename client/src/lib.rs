@@ -19,6 +19,7 @@ pub mod local;
 pub mod local_steps;
 pub mod local_training;
 pub mod model_file;
+pub mod overlap;
 pub mod prepare;
 pub mod progress;
 pub mod round;

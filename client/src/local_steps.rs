@@ -8,8 +8,11 @@ mod tests;
 
 use std::{
     path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use consort_common::{ids::Digest, spec::OptimizerState};
@@ -20,9 +23,10 @@ use tracing::{info, warn};
 use crate::{
     data::{Cursor, HeldOut},
     model_file::ModelFile,
+    overlap::{self, Ahead, Coming, FirstSteps},
     prepare::Material,
     progress::Activity,
-    steps::{self, Steps, StepsError, Tally, Text},
+    steps::{self, Steps, StepsError, Tally},
     trainer::{
         EvaluationSum, Moments, Trainer, TrainerError,
         checkpoint::{self, Checkpoint, CheckpointError, Writer},
@@ -42,6 +46,8 @@ pub struct Job {
     pub checkpoint_interval: Duration,
     /// Where progress goes.
     pub activity: Activity,
+    /// Counts the steps that are taken ahead of the base model.
+    pub steps_ahead: Arc<AtomicU32>,
     /// Ends the round early.
     pub cancel: CancellationToken,
 }
@@ -56,6 +62,8 @@ pub struct Trained {
     pub progress: Progress,
     /// Mean over the updates, in nats per token.
     pub train_loss: f64,
+    /// Since when it had waited for the base model, if it began without it.
+    pub waited_since: Option<Instant>,
 }
 
 /// Where the training of a round stands.
@@ -79,14 +87,15 @@ impl RoundId {
     }
 }
 
-/// Trains the round from its checkpoint, or from its beginning.
+/// Trains the round from its checkpoint, from its first steps, or from its beginning. With streaming, the trainer then
+/// holds the first steps of the next round: none yet.
 ///
 /// # Errors
 /// [`WorkError::Cancelled`] after a checkpoint was written; or what failed.
-pub fn train(trainer: &mut Trainer, job: &Job) -> Result<Trained, WorkError> {
-    let progress = match resume(trainer, job)? {
-        Some(progress) => progress,
-        None => begin(trainer, job)?,
+pub fn train(trainer: &mut Trainer, held: &mut Option<FirstSteps>, job: &Job) -> Result<Trained, WorkError> {
+    let (progress, waited_since) = match resume(trainer, held, job)? {
+        Some(progress) => (progress, None),
+        None => begin(trainer, held, job)?,
     };
     let mut steps = job.steps(trainer, progress)?;
     let mut loss = None;
@@ -114,24 +123,61 @@ pub fn train(trainer: &mut Trainer, job: &Job) -> Result<Trained, WorkError> {
         || TrainerError::Diverged { step: job.task.first_step + progress.steps, steps: progress.steps };
     let train_loss = progress.tally.loss().ok_or_else(none)?;
     job.activity.trained(progress.steps, progress.tally.tokens_per_second(), loss.or(Some(train_loss)));
-    Ok(Trained { parameters, moments, progress, train_loss })
+    if job.material.spec.outer.streaming.is_some() {
+        *held = Some(FirstSteps::none(Coming::next(&job.task, &job.material), &progress));
+        job.steps_ahead.store(0, Ordering::Relaxed);
+    }
+    Ok(Trained { parameters, moments, progress, train_loss, waited_since })
 }
 
 /// Loads the round's checkpoint into the trainer, if there is one of this very round.
-fn resume(trainer: &mut Trainer, job: &Job) -> Result<Option<Progress>, WorkError> {
+fn resume(
+    trainer: &mut Trainer,
+    held: &mut Option<FirstSteps>,
+    job: &Job,
+) -> Result<Option<Progress>, WorkError> {
     let Some(checkpoint) = load(&job.material.directory.checkpoint())? else { return Ok(None) };
     let progress = checkpoint.progress;
     if progress.training != RoundId::of(&job.task) || progress.steps > u64::from(job.task.steps) {
         return Ok(None);
     }
+    *held = None;
     trainer.load(&checkpoint.parameters)?;
     trainer.load_moments(&checkpoint.moments)?;
     info!("round {}: going on after step {} of {}", job.task.round, progress.steps, job.task.steps);
-    Ok(Some(job.in_todays_text(progress)))
+    Ok(Some(in_todays_text(&job.material, progress)))
 }
 
-/// Loads the base model into the trainer, and what the site carries over from its last round.
-fn begin(trainer: &mut Trainer, job: &Job) -> Result<Progress, WorkError> {
+/// With streaming, mixes what the base model has of the fragment that made it into the site's model, once the first
+/// steps are taken; since when they were is returned, too. Else, and where the site has no model to go on with,
+/// loads the base model into the trainer, and what the site carries over from its last round.
+fn begin(
+    trainer: &mut Trainer,
+    held: &mut Option<FirstSteps>,
+    job: &Job,
+) -> Result<(Progress, Option<Instant>), WorkError> {
+    let (material, task) = (&job.material, &job.task);
+    let ahead = Ahead {
+        material: material.clone(),
+        coming: Coming::this(task),
+        steps_taken: job.steps_ahead.clone(),
+        cancel: job.cancel.clone(),
+    };
+    if let Some(streaming) = &material.spec.outer.streaming
+        && ahead.take(trainer, held)?
+        && let Some(FirstSteps { progress, since }) = held.take()
+    {
+        let mut parameters = trainer.parameters()?;
+        let base = ModelFile::open(&job.base)?;
+        overlap::mix(streaming.mixing, material.fragment(task.round - 1), &mut parameters, base.values());
+        trainer.load(&parameters)?;
+        return Ok((progress.of(RoundId::of(task)), Some(since)));
+    }
+    *held = None;
+    Ok((begin_with_base(trainer, job)?, None))
+}
+
+fn begin_with_base(trainer: &mut Trainer, job: &Job) -> Result<Progress, WorkError> {
     let task = &job.task;
     trainer.load(ModelFile::open(&job.base)?.values())?;
     trainer.reset_moments()?;
@@ -147,7 +193,7 @@ fn begin(trainer: &mut Trainer, job: &Job) -> Result<Progress, WorkError> {
         && let Some(carried) = load(&directory.site_state(round))?
     {
         let Progress { text, cursor, .. } = carried.progress;
-        progress = job.in_todays_text(Progress { text, cursor, ..progress });
+        progress = in_todays_text(&job.material, Progress { text, cursor, ..progress });
         if job.material.spec.training.optimizer_state == OptimizerState::Keep {
             trainer.load_moments(&carried.moments)?;
         }
@@ -156,7 +202,7 @@ fn begin(trainer: &mut Trainer, job: &Job) -> Result<Progress, WorkError> {
 }
 
 /// A checkpoint, unless there is none or it is damaged.
-fn load(path: &Path) -> Result<Option<Checkpoint<Progress>>, WorkError> {
+pub(crate) fn load(path: &Path) -> Result<Option<Checkpoint<Progress>>, WorkError> {
     match checkpoint::load(path) {
         Ok(checkpoint) => Ok(checkpoint),
         Err(error @ CheckpointError::Damaged { .. }) => {
@@ -174,21 +220,20 @@ impl Job {
         trainer: &'a mut Trainer,
         progress: Progress,
     ) -> Result<Steps<'a, RoundId>, StepsError> {
-        let Material { spec, dataset, site, .. } = &*self.material;
-        let text = Text { spec, dataset, site: site.as_str() };
+        let text = self.material.training_text();
         let writer = Writer::new(&self.material.directory.checkpoint(), None);
         Steps::new(trainer, text, self.task.first_step, progress, writer, self.checkpoint_interval)
     }
+}
 
-    /// The same, at the text's beginning when it is another text by now.
-    fn in_todays_text(&self, progress: Progress) -> Progress {
-        let text = self.material.dataset.key;
-        if progress.text == text {
-            return progress;
-        }
-        warn!("the site's text has changed: training goes on at its beginning");
-        Progress { text, cursor: Cursor::default(), ..progress }
+/// The same, at the text's beginning when it is another text by now.
+pub(crate) fn in_todays_text<T>(material: &Material, progress: steps::Progress<T>) -> steps::Progress<T> {
+    let text = material.dataset.key;
+    if progress.text == text {
+        return progress;
     }
+    warn!("the site's text has changed: training goes on at its beginning");
+    steps::Progress { text, cursor: Cursor::default(), ..progress }
 }
 
 /// The loss of the trainer's model on the site's held-out text, and the bytes of that text.

@@ -6,6 +6,7 @@ use std::{fs, sync::Arc};
 use consort_common::{
     atomic_file::write_atomically,
     chunk::ChunkPlan,
+    fragment::Fragment,
     ids::{Digest, SiteName},
     spec::RunSpec,
     units,
@@ -20,6 +21,7 @@ use crate::{
     data::{self, Dataset, PrepareProgress, PrepareRequest, Tokenizer},
     link::request,
     state::{RunDirectory, StateError},
+    steps::Text,
     transfer::download_tokenizer,
     work::{RunId, WorkError},
 };
@@ -40,6 +42,18 @@ pub struct Material {
     pub directory: RunDirectory,
     /// The site's text.
     pub dataset: Dataset,
+}
+
+impl Material {
+    /// What makes `version`, from 1, of the one before; the delta of the round of that number is of the same.
+    pub fn fragment(&self, version: u32) -> Fragment {
+        Fragment::of_round(self.plan, self.spec.fragments(), version)
+    }
+
+    /// What the site trains on.
+    pub fn training_text(&self) -> Text<'_> {
+        Text { spec: &self.spec, dataset: &self.dataset, site: self.site.as_str() }
+    }
 }
 
 /// What describes a run, as kept on disk beside the specification and the tokenizer.

@@ -14,7 +14,8 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock, PoisonError, atomic::Ordering},
+    time::Instant,
 };
 
 use consort_common::{
@@ -32,6 +33,7 @@ use crate::{
     link::request,
     local_steps::{self, Job, Trained},
     model_file::ModelFile,
+    overlap::{Ahead, Coming, FirstSteps, Held},
     prepare::{Material, material},
     state::{self, StateError},
     trainer::{Trainer, WorkerError, checkpoint},
@@ -50,8 +52,13 @@ pub async fn train(
 ) -> Result<(), WorkError> {
     let material = material(context, &task.run, cancel).await?;
     check(&material, task)?;
-    let round = Round { context, material: &material, number: task.round, cancel };
+    let arrived = OnceLock::new();
+    let round = Round { context, material: &material, number: task.round, cancel, arrived: &arrived };
     let base = Base { version: task.round - 1, digest: task.base_digest };
+    let finished = finished(&material, task);
+    if finished.is_none() {
+        round.go_ahead(Coming::this(task)).await?;
+    }
     let measured = if task.evaluate_base { Some(round.measure(base).await) } else { None };
     // A report that waits for the connection delays no training.
     let report = async {
@@ -61,10 +68,11 @@ pub async fn train(
         }
     };
     let deliver = async {
-        let delta = match finished(&material, task) {
+        let delta = match finished {
             Some(delta) => delta,
             None => round.compute(task, base).await?,
         };
+        round.go_ahead(Coming::next(task, &material)).await?;
         round.send(&delta).await
     };
     let (reported, delivered) = tokio::join!(report, deliver);
@@ -87,7 +95,8 @@ pub async fn evaluate(
 ) -> Result<(), WorkError> {
     let material = material(context, &task.run, cancel).await?;
     check_manifest(&material, task.manifest_digest)?;
-    let round = Round { context, material: &material, number: task.version, cancel };
+    let arrived = OnceLock::new();
+    let round = Round { context, material: &material, number: task.version, cancel, arrived: &arrived };
     let base = Base { version: task.version, digest: task.digest };
     let measured = round.measure(base).await?;
     round.report(base, measured).await
@@ -116,7 +125,8 @@ fn check(material: &Material, task: &TrainTask) -> Result<(), WorkError> {
 
 /// The round's delta, if it was computed before.
 fn finished(material: &Material, task: &TrainTask) -> Option<Delta> {
-    let delta = Delta::open(&material.directory, task.round, material.plan)?;
+    let plan = material.fragment(task.round).plan();
+    let delta = Delta::open(&material.directory, task.round, plan)?;
     let description = &delta.description;
     let same = description.spec_digest == task.run.spec_digest
         && description.base_digest == task.base_digest
@@ -148,6 +158,16 @@ struct Round<'a> {
     /// For progress: the round, or the version that is measured after the last one.
     number: u32,
     cancel: &'a CancellationToken,
+    /// That the global model is there.
+    arrived: &'a OnceLock<Arrival>,
+}
+
+/// The arrival of a global model.
+#[derive(Debug, Clone, Copy)]
+struct Arrival {
+    at: Instant,
+    /// The steps that the site had taken ahead by then.
+    steps_ahead: u32,
 }
 
 impl Round<'_> {
@@ -161,34 +181,67 @@ impl Round<'_> {
         let activity =
             self.context.reporter.begin(self.run(), self.number, ClientActivity::Downloading, bytes);
         let model = (self.run(), base.version, base.digest);
-        let Material { directory, plan, .. } = &**self.material;
-        let download = self.context.transfers.download_model(directory, model, *plan, &activity);
-        Ok(self.cancel.run_until_cancelled(download).await.ok_or(WorkError::Cancelled)??)
+        let (directory, fragment) = (&self.material.directory, self.material.fragment(base.version));
+        let download = self.context.transfers.download_model(directory, model, fragment, &activity);
+        let model = self.cancel.run_until_cancelled(download).await.ok_or(WorkError::Cancelled)??;
+        let steps_ahead = self.context.steps_ahead.load(Ordering::Relaxed);
+        self.arrived.get_or_init(|| Arrival { at: Instant::now(), steps_ahead });
+        Ok(model)
+    }
+
+    /// With streaming, has the first steps of a round taken and does not wait for that: who needs them takes those
+    /// that are left, and learns what is wrong.
+    async fn go_ahead(&self, coming: Coming) -> Result<(), WorkError> {
+        let Material { spec, directory, .. } = &**self.material;
+        // A round that was interrupted goes on from its checkpoint.
+        if spec.outer.streaming.is_none() || coming.round > spec.rounds || directory.checkpoint().exists() {
+            return Ok(());
+        }
+        let ahead = Ahead {
+            material: self.material.clone(),
+            coming,
+            steps_taken: self.context.steps_ahead.clone(),
+            cancel: self.context.stopping.clone(),
+        };
+        let begun = self.context.worker.begin(self.job(move |trainer, held| ahead.take(trainer, held)));
+        begun.await.map(drop).map_err(|error| WorkError::Internal(error.to_string()))
     }
 
     /// Does a job on the trainer's thread, with a trainer of this run.
-    async fn on_trainer<T: Send + 'static>(
+    async fn on_trainer<T, F>(&self, job: F) -> Result<T, WorkError>
+    where
+        T: Send + 'static,
+        F: FnOnce(&mut Trainer, &mut Option<FirstSteps>) -> Result<T, WorkError> + Send + 'static,
+    {
+        let done = self.context.worker.run(self.job(job));
+        done.await.map_err(|error: WorkerError| WorkError::Internal(error.to_string()))?
+    }
+
+    /// A job for the trainer's thread, which is to be done with a trainer of this run and told what it holds.
+    fn job<T, F>(
         &self,
-        job: impl FnOnce(&mut Trainer) -> Result<T, WorkError> + Send + 'static,
-    ) -> Result<T, WorkError> {
-        let (material, device) = (self.material.clone(), self.context.device);
-        let trainer_of = self.context.trainer_of.clone();
-        let done = self.context.worker.run(move |slot| {
-            let mut trainer_of = trainer_of.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        job: F,
+    ) -> impl FnOnce(&mut Option<Trainer>) -> Result<T, WorkError> + Send + use<T, F>
+    where
+        F: FnOnce(&mut Trainer, &mut Option<FirstSteps>) -> Result<T, WorkError> + Send + 'static,
+    {
+        let (material, device, held) =
+            (self.material.clone(), self.context.device, self.context.held.clone());
+        move |slot| {
+            let mut held = held.lock().unwrap_or_else(PoisonError::into_inner);
             let trainer = match slot {
-                Some(trainer) if *trainer_of == Some(material.run.spec_digest) => trainer,
+                Some(trainer) if held.spec == Some(material.run.spec_digest) => trainer,
                 _ => {
                     // The old one first: the device may not have room for two.
                     *slot = None;
-                    *trainer_of = Some(material.run.spec_digest);
+                    *held = Held { spec: Some(material.run.spec_digest), first_steps: None };
                     let (spec, end_of_text) = (&material.spec, material.dataset.end_of_text);
                     let steps = spec.run_steps();
                     slot.insert(Trainer::new(&spec.model, &spec.training, steps, end_of_text, device)?)
                 }
             };
-            job(trainer)
-        });
-        done.await.map_err(|error: WorkerError| WorkError::Internal(error.to_string()))?
+            job(trainer, &mut held.first_steps)
+        }
     }
 
     /// The held-out loss of a model: measured once, then remembered.
@@ -201,9 +254,17 @@ impl Round<'_> {
         let model = self.download(base).await?;
         let (material, cancel) = (self.material.clone(), self.cancel.clone());
         let activity = self.context.reporter.begin(self.run(), self.number, ClientActivity::Evaluating, 0);
-        let measured = self.on_trainer(move |trainer| {
+        let measured = self.on_trainer(move |trainer, held| {
+            let first_steps = held.take();
+            // First steps that wait to go on are put aside meanwhile.
+            let aside = first_steps.as_ref().map(|_| trainer.parameters()).transpose()?;
             trainer.load(ModelFile::open(&model)?.values())?;
-            let (sum, text_bytes) = local_steps::held_out_loss(trainer, &material, &activity, &cancel)?;
+            let measured = local_steps::held_out_loss(trainer, &material, &activity, &cancel);
+            if let Some(parameters) = aside {
+                trainer.load(&parameters)?;
+                *held = first_steps;
+            }
+            let (sum, text_bytes) = measured?;
             Ok(Measured { digest: base.digest, loss: sum.loss(), tokens: sum.tokens, text_bytes })
         });
         let measured = measured.await?;
@@ -238,7 +299,7 @@ impl Round<'_> {
     /// Trains the round and makes its delta durable.
     async fn compute(&self, task: &TrainTask, base: Base) -> Result<Delta, WorkError> {
         let model = self.download(base).await?;
-        self.material.directory.begin_round(task.round)?;
+        self.material.directory.begin_round(task.round, self.material.spec.fragments())?;
         let steps = u64::from(task.steps);
         let job = Job {
             material: self.material.clone(),
@@ -246,9 +307,11 @@ impl Round<'_> {
             base: model.clone(),
             checkpoint_interval: self.context.checkpoint_interval,
             activity: self.context.reporter.begin(self.run(), task.round, ClientActivity::Training, steps),
+            steps_ahead: self.context.steps_ahead.clone(),
             cancel: self.cancel.clone(),
         };
-        let trained = self.on_trainer(move |trainer| local_steps::train(trainer, &job)).await?;
+        let trained = self.on_trainer(move |trainer, held| local_steps::train(trainer, held, &job));
+        let trained = trained.await?;
         let tally = &trained.progress.tally;
         info!(
             "round {}: {} steps, loss {:.4}, {:.1} s of training, {:.2}% of it waiting for data",
@@ -258,6 +321,17 @@ impl Round<'_> {
             tally.seconds,
             tally.waited_share() * 100.0
         );
+        if let (Some(since), Some(arrived)) = (trained.waited_since, self.arrived.get()) {
+            let waited_seconds = arrived.at.saturating_duration_since(since).as_secs_f64();
+            info!(
+                "round {}: {} of the steps while the fragment of round {} was sent and received, then {:.1} s ({:.1}% of the round) of waiting for it",
+                task.round,
+                arrived.steps_ahead,
+                base.version,
+                waited_seconds,
+                100.0 * waited_seconds / (waited_seconds + tally.seconds).max(1e-9)
+            );
+        }
         let (material, task) = (self.material.clone(), task.clone());
         let keeping = tokio::task::spawn_blocking(move || keep(&material, &task, &model, trained));
         keeping.await.map_err(|error| WorkError::Internal(error.to_string()))?
@@ -282,29 +356,36 @@ impl Round<'_> {
     }
 }
 
-/// Makes the round's result durable: the encoded delta, then the site's state after the round (what the
-/// encoding dropped, if that is carried, and cursor and moments), then the description that makes all count.
-/// What is interrupted in between is computed again, to the same bits.
+/// Makes the round's result durable: the encoded delta of what the round synchronises, then the site's state after
+/// the round (what the encoding dropped, if that is carried, and cursor and moments; with streaming the local model,
+/// too), then the description that makes all count. What is interrupted in between is computed again, to the same
+/// bits.
 ///
-/// Memory: the local model's vector becomes the delta and then what its encoding dropped, in place; besides
-/// there are the moments.
+/// Memory: the local model's vector becomes the delta and then what its encoding dropped, in place; with streaming
+/// the fragment is copied. Besides there are the moments.
 pub(crate) fn keep(
     material: &Material,
     task: &TrainTask,
     base: &Path,
     trained: Trained,
 ) -> Result<Delta, WorkError> {
-    let directory = &material.directory;
-    let mut values = trained.parameters;
+    let (directory, fragment) = (&material.directory, material.fragment(task.round));
+    let (mut values, local) = match material.spec.outer.streaming {
+        Some(_) => (fragment.slices(&trained.parameters).collect::<Vec<_>>().concat(), trained.parameters),
+        None => (trained.parameters, Vec::new()),
+    };
     let base = ModelFile::open(base)?;
-    values.par_iter_mut().zip(base.values()).for_each(|(local, base)| *local -= base);
+    let base: Vec<&[f32]> = fragment.slices(base.values()).collect();
+    values.par_chunks_mut(material.plan.chunk_parameters() as usize).zip(base).for_each(|(local, base)| {
+        local.iter_mut().zip(base).for_each(|(local, base)| *local -= base);
+    });
     let norm = norm(&values);
     if !norm.is_finite() {
         return Err(WorkError::Diverged { round: task.round, norm });
     }
     let encoding = task.delta_encoding;
-    let encoded_digest = Delta::write(directory, task.round, material.plan, encoding, &mut values)?;
-    checkpoint::save(&directory.site_state(task.round), &trained.progress, &[], &trained.moments)?;
+    let encoded_digest = Delta::write(directory, task.round, fragment, encoding, &mut values)?;
+    checkpoint::save(&directory.site_state(task.round), &trained.progress, &local, &trained.moments)?;
     let description = DeltaDescription {
         round: task.round,
         spec_digest: task.run.spec_digest,
@@ -320,7 +401,7 @@ pub(crate) fn keep(
         encoding,
         delta_id: draw_delta_id(),
     };
-    let delta = Delta::describe(directory, material.plan, description)?;
+    let delta = Delta::describe(directory, fragment.plan(), description)?;
     state::remove(&directory.checkpoint())?;
     Ok(delta)
 }

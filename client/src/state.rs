@@ -8,14 +8,17 @@
 //!            model-<version>.f32[.part]     a global model, or as much of it as has arrived
 //!            evaluation-<version>.json      its held-out loss
 //!            training.checkpoint            the round in progress
-//!            site-state-<round>             cursor and moments after the last step of the round
-//!            encoding-error-<round>         what the delta encoding has dropped until then, if it is carried
+//!            site-state-<round>             cursor and moments after the last step of the round; with streaming
+//!                                           also the site's parameters
+//!            encoding-error-<round>         what the delta encoding has dropped until then, if it is carried; with
+//!                                           streaming, of the round's fragment
 //!            delta-<round>.encoded, .json   the round's result; complete once the .json is there
 //! ```
 //!
 //! This module knows names and removes files; what is in them is their writers' business.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File, TryLockError},
     io,
     path::{Path, PathBuf},
@@ -190,8 +193,8 @@ impl RunDirectory {
         self.path.join(format!("site-state-{round}"))
     }
 
-    /// What the delta encoding has dropped up to `round`, which the site carries to its next one; there only
-    /// beside a site state, and only for encodings that lose much.
+    /// What the delta encoding has dropped up to `round` of what that round synchronised, which the site carries to
+    /// the next round that does; there only for encodings that lose much.
     pub fn encoding_error(&self, round: u32) -> PathBuf {
         self.path.join(format!("encoding-error-{round}"))
     }
@@ -212,16 +215,38 @@ impl RunDirectory {
         Ok(rounds.into_iter().filter(|candidate| *candidate < round).max())
     }
 
-    /// Prepares for computing `round`: removes results of this and other rounds, and every site state
-    /// but the one that the round begins with. That one stays until a later round begins, so that the
-    /// round gives the same bits however often it is computed.
-    pub fn begin_round(&self, round: u32) -> Result<(), StateError> {
-        let kept = self.site_state_before(round)?;
-        for prefix in ["site-state-", "encoding-error-"] {
-            for candidate in self.numbers(prefix, "")? {
-                if Some(candidate) != kept {
-                    remove(&self.path.join(format!("{prefix}{candidate}")))?;
-                }
+    /// What the encoding has dropped, up to the state that `round` begins with, of what that round synchronises:
+    /// one of so many fragments.
+    pub fn encoding_error_before(&self, round: u32, fragments: u32) -> Result<Option<PathBuf>, StateError> {
+        let newest = self.encoding_errors_before(round, fragments)?;
+        Ok(newest.get(&(round % fragments)).map(|newest| self.encoding_error(*newest)))
+    }
+
+    /// The newest rounds, by their remainder, which tells the fragment: none newer than the state that `round`
+    /// begins with.
+    fn encoding_errors_before(&self, round: u32, fragments: u32) -> Result<BTreeMap<u32, u32>, StateError> {
+        let Some(state) = self.site_state_before(round)? else { return Ok(BTreeMap::new()) };
+        let mut rounds = self.numbers("encoding-error-", "")?;
+        rounds.retain(|candidate| *candidate <= state);
+        rounds.sort_unstable();
+        Ok(rounds.into_iter().map(|round| (round % fragments, round)).collect())
+    }
+
+    /// Prepares for computing `round`, which synchronises one of so many fragments: removes results of this and
+    /// other rounds, every site state but the one that the round begins with, and what encodings dropped but for
+    /// the newest of each fragment. Those stay until a later round begins, so that the round gives the same bits
+    /// however often it is computed.
+    pub fn begin_round(&self, round: u32, fragments: u32) -> Result<(), StateError> {
+        let state = self.site_state_before(round)?;
+        let errors = self.encoding_errors_before(round, fragments)?;
+        for candidate in self.numbers("site-state-", "")? {
+            if Some(candidate) != state {
+                remove(&self.site_state(candidate))?;
+            }
+        }
+        for candidate in self.numbers("encoding-error-", "")? {
+            if errors.get(&(candidate % fragments)) != Some(&candidate) {
+                remove(&self.encoding_error(candidate))?;
             }
         }
         for candidate in self.numbers("delta-", ".json")? {
@@ -321,13 +346,35 @@ mod tests {
         }
         fs::write(directory.delta(3), []).unwrap();
         assert_eq!(directory.site_state_before(3).unwrap(), Some(2));
-        directory.begin_round(3).unwrap();
+        directory.begin_round(3, 1).unwrap();
         assert_eq!(names(&directory), ["encoding-error-2", "site-state-2"]);
-        directory.begin_round(5).unwrap();
+        directory.begin_round(5, 1).unwrap();
         assert_eq!(directory.site_state_before(5).unwrap(), Some(2));
-        directory.begin_round(1).unwrap();
+        directory.begin_round(1, 1).unwrap();
         assert_eq!(directory.site_state_before(1).unwrap(), None);
         assert_eq!(names(&directory), [""; 0]);
+    }
+
+    #[test]
+    fn what_was_dropped_of_a_fragment_stays_until_the_fragment_is_synchronised_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let directory = run_directory(folder.path());
+        for round in 1..=5 {
+            fs::write(directory.encoding_error(round), []).unwrap();
+            directory.begin_round(round, 3).unwrap();
+            fs::write(directory.site_state(round), []).unwrap();
+            fs::write(directory.encoding_error(round), []).unwrap();
+        }
+        let errors = (4..=9).map(|round| directory.encoding_error_before(round, 3).unwrap());
+        // The state after round 5 says nothing of a round 4 or 5 that is computed again.
+        let expected = [None, Some(2), Some(3), Some(4), Some(5), Some(3)];
+        let expected = expected.map(|round: Option<u32>| round.map(|round| directory.encoding_error(round)));
+        assert_eq!(errors.collect::<Vec<_>>(), expected);
+        directory.begin_round(7, 3).unwrap();
+        assert_eq!(
+            names(&directory),
+            ["encoding-error-3", "encoding-error-4", "encoding-error-5", "site-state-5"]
+        );
     }
 
     #[test]

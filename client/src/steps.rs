@@ -57,6 +57,14 @@ pub struct Progress<T> {
     pub tally: Tally,
 }
 
+impl<T> Progress<T> {
+    /// The same of another training.
+    pub fn of<U>(self, training: U) -> Progress<U> {
+        let Self { text, cursor, steps, tally, .. } = self;
+        Progress { training, text, cursor, steps, tally }
+    }
+}
+
 /// What a row of steps came to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -334,6 +342,18 @@ impl<'a, T: Clone + Serialize + Send + 'static> Steps<'a, T> {
         self.saved = Instant::now();
         let checkpoint = self.checkpoint()?;
         Ok(self.writer.begin(checkpoint))
+    }
+
+    /// Where the training has come to; the trainer has the parameters and moments. No checkpoint is being written
+    /// any more.
+    ///
+    /// # Errors
+    /// As [`Steps::take_tally`].
+    pub fn pause(mut self) -> Result<Progress<T>, StepsError> {
+        self.settle();
+        self.read()?;
+        self.progress.cursor = self.feed.cursor();
+        Ok(self.progress)
     }
 
     fn checkpoint(&mut self) -> Result<Checkpoint<Progress<T>>, StepsError> {

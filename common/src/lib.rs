@@ -1,5 +1,5 @@
 //! What Consort's aggregator and its clients must agree on: names and digests, model architectures and
-//! their tensor manifest, the run specification, delta encodings, chunking, learning-rate schedules,
+//! their tensor manifest, the run specification, delta encodings, chunking and fragments, learning-rate schedules,
 //! identity and TLS, telemetry, how text is read and tokenizers are made of it.
 //!
 //! This crate serves no sockets, knows no database and never links libtorch.
@@ -9,6 +9,7 @@ pub mod atomic_file;
 pub mod checkpoint;
 pub mod chunk;
 pub mod codec;
+pub mod fragment;
 pub mod identity;
 pub mod ids;
 pub mod model;

@@ -249,6 +249,7 @@ impl Row {
             encoding: self.model,
             momentum: has_momentum(&self.optimizer()),
             second_moment: initial_second_moment(&self.optimizer()).is_some(),
+            fragments: 1,
         }
     }
 

@@ -114,25 +114,36 @@ fn kill<T>(federation: &mut TestFederation, victim: &str, look: impl FnOnce() ->
 
 #[test]
 fn ten_random_kills_change_no_bit_of_any_version() {
-    const KILLS: u64 = 10;
-    let given = std::env::var("CONSORT_KILL_SEED").ok();
-    let seed = given.map_or_else(rand::random, |seed| seed.parse().expect("CONSORT_KILL_SEED is a number"));
-    println!("replay with CONSORT_KILL_SEED={seed}");
-    let mut random = ChaCha8Rng::seed_from_u64(seed);
     // A kill comes in the round of its number or, as it waits for up to one round, some rounds later.
     // Deltas with error feedback and versions that travel as updates: what both sides keep of the rounds
     // before must survive as well.
     let wire = "[wire]\ndelta_encoding = \"2bit\"\nmodel_encoding = \"2bit-update\"\n";
-    let spec = spec(16).replace("[wire]\n", wire);
+    kill_at_random(10, &spec(16).replace("[wire]\n", wire));
+}
+
+/// The sites' own models, and the steps that they take while a fragment is on its way, must survive, too.
+#[test]
+fn random_kills_change_no_bit_of_a_run_that_streams_its_fragments() {
+    let streaming = "[outer.streaming]\nfragments = 3\noverlap = 20\nmixing = 0.5\n";
+    let wire = "[wire]\ndelta_encoding = \"2bit\"\nmodel_encoding = \"int8-update\"\n";
+    kill_at_random(6, &(spec(11).replace("[wire]\n", wire) + streaming));
+}
+
+/// So many kills of any process at any instant leave what the same run leaves when nobody is killed.
+fn kill_at_random(kills: u64, spec: &str) {
+    let given = std::env::var("CONSORT_KILL_SEED").ok();
+    let seed = given.map_or_else(rand::random, |seed| seed.parse().expect("CONSORT_KILL_SEED is a number"));
+    println!("replay with CONSORT_KILL_SEED={seed}");
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
     let mut quiet = TestFederation::new(&SITES);
-    start(&mut quiet, &spec);
+    start(&mut quiet, spec);
     let expected = outcome(&quiet);
     let round_ms = round_ms(&quiet);
     drop(quiet);
 
     let mut federation = TestFederation::new(&SITES);
-    start(&mut federation, &spec);
-    for number in 1..=KILLS {
+    start(&mut federation, spec);
+    for number in 1..=kills {
         federation.wait_for_run(RUN, &format!("round {number}"), |run| {
             (run["round"].as_u64()? >= number).then_some(())
         });

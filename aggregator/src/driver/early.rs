@@ -107,7 +107,7 @@ struct Arrivals {
     begun: bool,
     /// Whether one of an earlier generation may still be there.
     stale: bool,
-    /// Chunks to fold: all expected sites have delivered them.
+    /// Chunks of the deltas to fold: all expected sites have delivered them.
     ready: VecDeque<u32>,
     /// Whether the round is being reduced: nothing is done meanwhile, and nothing heard. What comes of the
     /// reduction changes what is expected.
@@ -270,7 +270,7 @@ impl Arrivals {
         };
         if !self.begun {
             let Some(shares) = self.shares() else { return Step::Wait };
-            let chunks = expected.layout.plan.chunks();
+            let chunks = expected.layout.fragment(expected.round).plan().chunks();
             let ready: VecDeque<u32> = (0..chunks).filter(|index| self.is_complete(*index)).collect();
             // Nothing is gained, and no space taken, before there is something to fold.
             if ready.is_empty() {
@@ -353,7 +353,7 @@ fn begin(
 /// Folds one chunk; what cannot be folded is thrown away, and with it all that was.
 fn fold(begun: Option<Begun>, index: u32) -> Result<Option<Begun>, ReduceError> {
     if let Some(begun) = &begun {
-        begun.fold.fold(index)?;
+        begun.fold.fold_delta(index)?;
     }
     Ok(begun)
 }

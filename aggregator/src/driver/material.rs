@@ -69,6 +69,7 @@ impl RunMaterial {
             encoding: self.spec.wire.model_encoding,
             momentum: reduce::has_momentum(optimizer),
             second_moment: reduce::initial_second_moment(optimizer).is_some(),
+            fragments: self.spec.fragments(),
         }
     }
 }

@@ -40,6 +40,8 @@
 //! - In the buffered mode (FedBuff, arXiv 2106.06639) a round is the filling of a buffer: every ready site that is
 //!   neither behind nor has delivered in the round is put to work, and the round ends with so many deltas, of
 //!   whatever age. The sites that are still at work then are behind.
+//! - Which part of the model a round synchronises is no affair of the engine's. With streaming, sites train ahead of
+//!   the next round on their own account: rounds still follow each other.
 //! - Deltas are taken while the run is paused too (what was trained is not wasted), but the round does not
 //!   end before the run goes on.
 //!

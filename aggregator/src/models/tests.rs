@@ -23,7 +23,7 @@ fn ramp(length: u16) -> Vec<f32> {
 }
 
 fn layout(plan: ChunkPlan, momentum: bool) -> ModelLayout {
-    ModelLayout { plan, encoding: ModelEncoding::Fp32, momentum, second_moment: false }
+    ModelLayout { plan, encoding: ModelEncoding::Fp32, momentum, second_moment: false, fragments: 1 }
 }
 
 /// Ten values in three chunks, without momentum.

@@ -14,7 +14,7 @@
 
 use std::ops::Range;
 
-use consort_common::{codec::Encoding, ids::Digest, spec::OuterOptimizer};
+use consort_common::{codec::Encoding, fragment::Fragment, ids::Digest, spec::OuterOptimizer};
 
 use super::{
     ReduceError, Share,
@@ -52,6 +52,8 @@ pub(super) struct Inputs {
     residual_decay: f32,
     combination: Combination,
     pub(super) tensors: TensorPlan,
+    /// What the round synchronises.
+    fragment: Fragment,
     /// Values that are worked on at a time: a multiple of every encoding's block.
     tile_parameters: usize,
 }
@@ -114,11 +116,17 @@ impl Inputs {
             tensors,
             rounding: Rounding::new(form),
             residual_decay: form.residual_decay().unwrap_or_default(),
+            fragment: base.layout().fragment(base.version() + 1),
             shares,
             base,
             previous,
             optimizer,
         }
+    }
+
+    /// What the round synchronises.
+    pub(super) fn fragment(&self) -> Fragment {
+        self.fragment
     }
 
     /// Bytes of one core's vectors, about.
@@ -138,15 +146,24 @@ impl Inputs {
         vectors * size_of::<f32>() * chunk + sent + read
     }
 
-    /// Reads, averages, steps, rounds and writes chunk `index`.
+    /// Reads, averages, steps, rounds and writes the model's chunk `index`; or writes it as the base has it, if the
+    /// round does not synchronise it.
     pub(super) fn fold(
         &self,
         index: u32,
         scratch: &mut Scratch,
         new: &NewVersion,
     ) -> Result<FoldedChunk, ReduceError> {
-        let length = self.base.plan().length(index).map_err(ModelError::from)?;
-        scratch.resize(length, self);
+        self.read(index, scratch)?;
+        match self.fragment.position(index) {
+            Some(position) => self.average(index, position, scratch, new),
+            None => self.carry(index, scratch, new),
+        }
+    }
+
+    /// Reads what the base has of chunk `index`.
+    fn read(&self, index: u32, scratch: &mut Scratch) -> Result<(), ReduceError> {
+        scratch.resize(self.base.plan().length(index).map_err(ModelError::from)?, self);
         self.base.read_parameters(index, &mut scratch.base)?;
         if !scratch.momentum.is_empty() {
             self.base.read_momentum(index, &mut scratch.momentum)?;
@@ -163,9 +180,50 @@ impl Inputs {
         if let Some(previous) = &self.previous {
             previous.read_parameters(index, &mut scratch.previous)?;
         }
+        Ok(())
+    }
 
-        let (digests, delta_squares) = self.combine(index, scratch)?;
-        let pieces = self.tensors.pieces(self.base.plan().range(index).map_err(ModelError::from)?);
+    /// Writes chunk `index` as it is: nothing of it changes, and what an update says of it is zero.
+    fn carry(&self, index: u32, scratch: &mut Scratch, new: &NewVersion) -> Result<FoldedChunk, ReduceError> {
+        let update = self.base.layout().update_of(new.version()).is_some();
+        let Scratch { parameters, base, momentum, previous, sent, .. } = scratch;
+        if let Some(codec) = self.rounding.encoding().map(Encoding::codec) {
+            parameters.fill(0.0);
+            codec.encode(if update { &parameters[..] } else { &base[..] }, sent);
+        }
+        parameters.copy_from_slice(base);
+        let pieces = self.pieces(index)?;
+        let mut lanes: Vec<Lanes> = pieces.iter().map(|_| Lanes::default()).collect();
+        for (at, lanes) in within(&pieces, &mut lanes, 0..base.len()) {
+            let momentum = momentum.get(at.clone()).unwrap_or_default();
+            let previous = previous.get(at.clone()).unwrap_or_default();
+            lanes.add(&parameters[at.clone()], &base[at], momentum, previous);
+        }
+        Ok(FoldedChunk {
+            record: new.write(index, scratch.new_chunk(update))?,
+            digests: Box::default(),
+            squares: Box::default(),
+            sums: sums(&pieces, &lanes),
+        })
+    }
+
+    /// What of each tensor lies in chunk `index`.
+    fn pieces(&self, index: u32) -> Result<Vec<Piece>, ReduceError> {
+        Ok(self.tensors.pieces(self.base.plan().range(index).map_err(ModelError::from)?))
+    }
+
+    /// Averages chunk `index` of the model, which is chunk `position` of the deltas, and writes what the outer step
+    /// makes of it.
+    fn average(
+        &self,
+        index: u32,
+        position: u32,
+        scratch: &mut Scratch,
+        new: &NewVersion,
+    ) -> Result<FoldedChunk, ReduceError> {
+        let length = scratch.base.len();
+        let (digests, delta_squares) = self.combine(position, scratch)?;
+        let pieces = self.pieces(index)?;
         let mut lanes: Vec<Lanes> = pieces.iter().map(|_| Lanes::default()).collect();
         let mut tiles = (0..length).step_by(self.tile_parameters);
         let stepped = tiles.try_for_each(|begin| {
@@ -174,10 +232,9 @@ impl Inputs {
         });
 
         // One value that is not finite makes a sum of squares so.
-        let of_piece = |(piece, lanes): (&Piece, &Lanes)| (piece.tensor, lanes.sums());
-        let sums: Box<[_]> = pieces.iter().zip(&lanes).map(of_piece).collect();
+        let sums = sums(&pieces, &lanes);
         if !sums.iter().all(|(_, sums)| sums.delta_squares.is_finite()) {
-            self.find_not_finite(index, scratch)?;
+            self.find_not_finite(position, scratch)?;
         }
         stepped.map_err(|at| self.not_finite(index, at))?;
         // Momentum takes the parameters with it.
@@ -224,7 +281,7 @@ impl Inputs {
         }
     }
 
-    /// Reads the chunk of each delta of a group and adds them to the sums; adds the digests of what was added
+    /// Reads chunk `index` of each delta of a group and adds them to the sums; adds the digests of what was added
     /// to `digests`.
     fn accumulate(
         &self,
@@ -337,6 +394,11 @@ impl Inputs {
         let start = self.base.plan().range(index).map_or(0, |range| range.start);
         ReduceError::NotFinite { version: self.base.version() + 1, parameter: start + position as u64 }
     }
+}
+
+/// The sums of each piece, with the tensor that it is of.
+fn sums(pieces: &[Piece], lanes: &[Lanes]) -> Box<[(usize, Sums)]> {
+    pieces.iter().zip(lanes).map(|(piece, lanes)| (piece.tensor, lanes.sums())).collect()
 }
 
 impl Scratch {

@@ -102,7 +102,8 @@ impl RoundFold {
         let (momentum, second_moment) =
             (has_momentum(&optimizer), initial_second_moment(&optimizer).is_some());
         let layout = ModelLayout { momentum, second_moment, ..base.layout() };
-        let previous = base.version().checked_sub(1);
+        // Successive updates of different fragments are of different parameters: there is nothing to compare.
+        let previous = base.version().checked_sub(1).filter(|_| layout.fragments == 1);
         // It may be gone; what is recorded of the round then says less.
         let previous = previous.and_then(|version| models.open(base.run(), version, base.layout()).ok());
         let new = models.begin(base.run(), base.version() + 1, layout)?;
@@ -132,12 +133,21 @@ impl RoundFold {
         lock(&self.chunks).iter().filter(|progress| matches!(progress, Progress::Folded(_))).count()
     }
 
-    /// Folds chunk `index`, which is durable in all deltas; does nothing if it is folded, or being folded.
-    /// Several threads may fold at a time.
+    /// Folds the model's chunk that is chunk `index` of the deltas, and durable in all of them; does nothing if it
+    /// is folded, or being folded. Several threads may fold at a time.
     ///
     /// # Errors
     /// See [`ReduceError`]; the chunk can be tried again.
-    pub fn fold(&self, index: u32) -> Result<(), ReduceError> {
+    pub fn fold_delta(&self, index: u32) -> Result<(), ReduceError> {
+        self.fold(self.inputs.fragment().chunk(index))
+    }
+
+    /// Folds the model's chunk `index`, as [`RoundFold::fold_delta`]; one that the round does not synchronise is
+    /// carried over from the base.
+    ///
+    /// # Errors
+    /// See [`ReduceError`]; the chunk can be tried again.
+    fn fold(&self, index: u32) -> Result<(), ReduceError> {
         self.inputs.base.plan().range(index).map_err(ModelError::from)?;
         let begin = |progress: &mut Progress| match progress {
             Progress::Open => {
@@ -206,8 +216,9 @@ impl RoundFold {
             .collect();
         for (place, share) in inputs.shares.iter().enumerate() {
             let mut hasher = blake3::Hasher::new();
-            for chunk in &folded {
-                hasher.update(chunk.digests[place].as_bytes());
+            // Chunks that were carried over have no digests.
+            for digest in folded.iter().filter_map(|chunk| chunk.digests.get(place)) {
+                hasher.update(digest.as_bytes());
             }
             check_delta(share.delta.key(), accepted, hasher.finalize().into())?;
         }
@@ -240,6 +251,7 @@ impl RoundFold {
 /// Refuses lists that no round can have: the engine's invariants, checked before they cost a version.
 fn check(shares: &[Share], base: &ModelVersion) -> Result<(), ReduceError> {
     let round = base.version() + 1;
+    let plan = base.layout().fragment(round).plan();
     if shares.is_empty() {
         return Err(ReduceError::NoContributions { round });
     }
@@ -251,8 +263,8 @@ fn check(shares: &[Share], base: &ModelVersion) -> Result<(), ReduceError> {
         if key.run != *base.run() || !(1..=round).contains(&key.round) {
             return unfit(key, "is not for this round or one before".to_owned());
         }
-        if delta.layout() != DeltaLayout::new(base.plan(), delta.layout().encoding()) {
-            return unfit(key, "is not cut as the model is".to_owned());
+        if delta.layout() != DeltaLayout::new(plan, delta.layout().encoding()) {
+            return unfit(key, "is not cut as the round's part of the model is".to_owned());
         }
         if !weight.is_finite() || *weight <= 0.0 {
             return unfit(key, format!("has the weight {weight}, which must be finite and above 0"));
@@ -281,7 +293,7 @@ fn check_delta(
 
 /// Looks at all deltas before they are folded.
 fn survey(shares: &[Share], base: &ModelVersion, distances: bool) -> Result<Survey, ReduceError> {
-    let plan = base.plan();
+    let plan = base.layout().fragment(base.version() + 1).plan();
     let tile_parameters = tile_parameters(shares.iter().map(Share::encoding));
     let bytes = Gather::bytes(shares, plan.chunk_parameters() as usize, tile_parameters);
     Survey::of(shares, plan, tile_parameters, distances, workers(bytes))

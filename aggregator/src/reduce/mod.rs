@@ -225,7 +225,7 @@ pub struct Reduction {
 /// See [`ReduceError`]; nothing is left on disk then.
 pub fn reduce(inputs: ReduceInputs<'_>) -> Result<Reduction, ReduceError> {
     let ReduceInputs { contributions, base, optimizer, aggregation, tensors, spool, models } = inputs;
-    let plan = base.plan();
+    let plan = base.layout().fragment(base.version() + 1).plan();
     // One that this process did not receive is verified whole when it is opened, hence in parallel.
     let shares = contributions.par_iter().map(|contribution| {
         let WeightedContribution { key, weight, encoding, .. } = contribution;

@@ -12,6 +12,7 @@ use crate::{
 
 mod broadcast;
 mod fold;
+mod fragments;
 mod robust;
 
 const NESTEROV: OuterOptimizer = OuterOptimizer::Nesterov { learning_rate: 0.7, momentum: 0.9 };
@@ -115,6 +116,7 @@ impl Fixture {
             encoding: form,
             momentum: has_momentum(&optimizer),
             second_moment: initial_second_moment(&optimizer).is_some(),
+            fragments: 1,
         };
         let fill = |start, values: &mut [f32]| {
             let start = start as usize;
@@ -128,8 +130,9 @@ impl Fixture {
 
     fn deliver(&self, round: u32, site: &str, weight: f64, delta: &[f32]) -> WeightedContribution {
         let key = key(round, site);
-        for index in 0..self.layout.plan.chunks() {
-            self.put(&key, index, &self.payload(delta, index));
+        let chunks = delta.chunks(self.layout.plan.chunk_parameters() as usize);
+        for (index, values) in (0..).zip(chunks) {
+            self.put(&key, index, &self.encoding.encode(values));
         }
         self.accepted(key, weight)
     }
@@ -146,7 +149,9 @@ impl Fixture {
     }
 
     fn spooled(&self, key: &ContributionKey) -> Arc<SpooledDelta> {
-        self.spool.receive(key, DeltaLayout::new(self.layout.plan, self.encoding)).unwrap()
+        self.spool
+            .receive(key, DeltaLayout::new(self.layout.fragment(key.round).plan(), self.encoding))
+            .unwrap()
     }
 
     fn put(&self, key: &ContributionKey, index: u32, payload: &[u8]) {

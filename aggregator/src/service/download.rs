@@ -49,11 +49,14 @@ pub(super) struct Selection {
 }
 
 impl Selection {
+    /// Of a model in so many fragments.
+    ///
     /// # Errors
     /// INVALID_ARGUMENT if the stride is too large. A stride of 0 is one of 1.
-    pub fn new(first: u32, stride: u32) -> Result<Self, Status> {
-        if stride > PARTS_MAX {
-            return Err(Status::invalid_argument(format!("stride: is {stride}; allowed: 0 to {PARTS_MAX}")));
+    pub fn new(first: u32, stride: u32, fragments: u32) -> Result<Self, Status> {
+        let stride_max = fragments.saturating_mul(PARTS_MAX);
+        if stride > stride_max {
+            return Err(Status::invalid_argument(format!("stride: is {stride}; allowed: 0 to {stride_max}")));
         }
         Ok(Self { first, stride: stride.max(1) })
     }

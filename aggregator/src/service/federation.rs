@@ -181,9 +181,10 @@ impl Federation for FederationService {
         let site = self.site(&request)?;
         let request = request.get_ref();
         let run = run_name(&request.run)?;
-        let selection = Selection::new(request.first_chunk, request.stride)?;
         let (session, held) = (&request.session_id, request.held_version);
         let reader = self.driver.model_for(&site, session, &run, request.version, held).await?;
+        let fragments = reader.material.spec.fragments();
+        let selection = Selection::new(request.first_chunk, request.stride, fragments)?;
         let place = self.downloads.enter(&site)?;
         let chunks = download::model(&self.driver, &self.broadcast, reader, selection, place);
         Ok(Response::new(Box::pin(ReceiverStream::new(chunks))))

@@ -2,7 +2,7 @@
 //! from.
 
 use bytes::Bytes;
-use consort_common::{chunk::ChunkPlan, ids::Digest};
+use consort_common::ids::Digest;
 use tonic::Status;
 
 use super::digest;
@@ -25,10 +25,10 @@ impl Received {
         index: u32,
         payload: Bytes,
         announced: &[u8],
-        plan: ChunkPlan,
         layout: DeltaLayout,
     ) -> Result<Self, Status> {
-        let parameters = plan.length(index).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let parameters = layout.plan().length(index);
+        let parameters = parameters.map_err(|error| Status::invalid_argument(error.to_string()))?;
         let expected = layout.payload_bytes(index).unwrap_or_default();
         if payload.len() != expected {
             return Err(Status::invalid_argument(format!(

@@ -54,7 +54,7 @@ pub(super) async fn receive(
         let Some(request::Part::Chunk(ModelChunk { index, payload, digest })) = message.part else {
             return Err(Status::invalid_argument("after `begin` come chunks"));
         };
-        let chunk = Received::new(index, payload, &digest, upload.plan, layout)?;
+        let chunk = Received::new(index, payload, &digest, layout)?;
         let bytes = chunk.payload.len() as u64;
         bytes_left = bytes_left.checked_sub(bytes).ok_or_else(|| {
             Status::invalid_argument(format!("chunk {index}: the upload is longer than the model"))

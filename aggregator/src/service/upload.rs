@@ -123,17 +123,17 @@ async fn announced(
                 preferred.name()
             ))
         })?;
-    let layout = DeltaLayout::new(material.plan, encoding);
+    let layout = DeltaLayout::new(material.layout().fragment(begin.round).plan(), encoding);
     if begin.chunks != layout.chunks() {
         return Err(Status::invalid_argument(format!(
-            "chunks: is {}; the model has {}",
+            "chunks: is {}; a delta of this round has {}",
             begin.chunks,
             layout.chunks()
         )));
     }
     if begin.total_bytes != layout.delta_bytes() {
         return Err(Status::invalid_argument(format!(
-            "total_bytes: is {}; a delta of this model takes {} as {}",
+            "total_bytes: is {}; a delta of this round takes {} as {}",
             begin.total_bytes,
             layout.delta_bytes(),
             encoding.name()
@@ -235,8 +235,7 @@ impl<'a> Upload<'a> {
     /// Checks what can be seen without looking at the payload.
     fn check(&self, chunk: DeltaChunk, bytes_left: &mut u64) -> Result<Received, Status> {
         let DeltaChunk { index, payload, digest } = chunk;
-        let plan = self.ticket.material.plan;
-        let received = Received::new(index, payload, &digest, plan, self.delta.layout())?;
+        let received = Received::new(index, payload, &digest, self.delta.layout())?;
         if !self.share.has(index) {
             return Err(Status::invalid_argument(format!(
                 "chunk {index}: belongs to another part of this upload"

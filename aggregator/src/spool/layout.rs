@@ -33,6 +33,11 @@ impl DeltaLayout {
         Self { plan, encoding }
     }
 
+    /// How the delta is cut.
+    pub fn plan(&self) -> ChunkPlan {
+        self.plan
+    }
+
     /// Number of chunks.
     pub fn chunks(&self) -> u32 {
         self.plan.chunks()

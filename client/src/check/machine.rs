@@ -21,6 +21,8 @@ use crate::trainer::{
 /// of an earlier one has left; while a checkpoint is replaced, the base model, two checkpoints and the state
 /// before, which is fewer; while a model arrives, it and the one before it.
 const MODELS_ON_DISK: u64 = 12;
+/// Further ones with streaming: the site's own model in both of its states.
+const MODELS_ON_DISK_STREAMING: u64 = 2;
 /// Free space below which a warning is due when there is no run to compare with.
 const DISK_BYTES_LOW: u64 = 5_000_000_000;
 
@@ -104,7 +106,8 @@ pub(super) fn disk(state_directory: &Path, active: Option<&RunSpec>) -> Finding 
     let found = format!("{} free at {path}", units::bytes(free));
     match active {
         Some(spec) => {
-            let needed = spec.model.manifest().parameters() * 4 * MODELS_ON_DISK;
+            let further = spec.outer.streaming.as_ref().map_or(0, |_| MODELS_ON_DISK_STREAMING);
+            let needed = spec.model.manifest().parameters() * 4 * (MODELS_ON_DISK + further);
             let needs = format!("run {} needs up to {}", spec.name, units::bytes(needed));
             if free < needed {
                 failed(format!(

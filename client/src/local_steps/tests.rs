@@ -1,5 +1,7 @@
 //! Rounds that are interrupted, trained again, or follow each other.
 
+mod streaming;
+
 use consort_common::{codec::Encoding, ids::Digest, spec::RunSpec};
 use consort_proto::v1::ClientActivity;
 
@@ -40,12 +42,17 @@ struct Site {
 
 impl Site {
     fn new(optimizer_state: &str) -> Self {
+        Self::with(&format!("optimizer_state = \"{optimizer_state}\"\n"))
+    }
+
+    /// With this after the specification.
+    fn with(settings: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let text: String = (0..2_000).map(|number| format!("{number} ")).collect();
         let source = folder.path().join("text.jsonl");
         let documents: Vec<String> = (0..9).map(|n| format!("{{\"text\": \"{n} {text}\"}}")).collect();
         std::fs::write(&source, documents.join("\n")).unwrap();
-        let spec = RunSpec::parse(&format!("{SPEC}optimizer_state = \"{optimizer_state}\"\n")).unwrap();
+        let spec = RunSpec::parse(&format!("{SPEC}{settings}")).unwrap();
         let request = PrepareRequest {
             sources: vec![Source::new(source)],
             cache: folder.path().join("cache"),
@@ -88,6 +95,7 @@ impl Site {
             base: self.base.clone(),
             checkpoint_interval: Duration::from_secs(3600),
             activity: Reporter::default().begin(&self.material.run.name, round, ClientActivity::Training, 0),
+            steps_ahead: Arc::default(),
             cancel: CancellationToken::new(),
         }
     }
@@ -100,9 +108,15 @@ impl Site {
 
     /// Trains a round as it comes, and keeps its delta and what the site carries over.
     fn train(&self, trainer: &mut Trainer, round: u32) -> Vec<u32> {
+        self.train_on(trainer, &mut None, round)
+    }
+
+    /// The same with a trainer that may hold the round's first steps.
+    fn train_on(&self, trainer: &mut Trainer, held: &mut Option<FirstSteps>, round: u32) -> Vec<u32> {
         let job = self.job(round);
-        self.material.directory.begin_round(round).unwrap();
-        let trained = train(trainer, &job).unwrap();
+        let fragments = self.material.spec.fragments();
+        self.material.directory.begin_round(round, fragments).unwrap();
+        let trained = train(trainer, held, &job).unwrap();
         let parameters = bits(&trained.parameters);
         keep(&self.material, &job.task, &self.base, trained).unwrap();
         parameters
@@ -117,7 +131,8 @@ impl Site {
     /// Trains `steps` of a round, then leaves a checkpoint, as a daemon that is stopped.
     fn interrupt(&self, trainer: &mut Trainer, round: u32, steps: u64) {
         let job = self.job(round);
-        let progress = resume(trainer, &job).unwrap().unwrap_or_else(|| begin(trainer, &job).unwrap());
+        let resumed = resume(trainer, &mut None, &job).unwrap();
+        let progress = resumed.unwrap_or_else(|| begin(trainer, &mut None, &job).unwrap().0);
         let mut round = job.steps(trainer, progress).unwrap();
         for _ in 0..steps {
             round.step(&|| false).unwrap();
@@ -175,9 +190,9 @@ fn steps_of_a_round_that_was_given_up_do_not_count_in_the_next() {
     let site = Site::new("keep");
     let mut trainer = site.trainer();
     let job = site.job(1);
-    let progress = begin(&mut trainer, &job).unwrap();
+    let progress = begin(&mut trainer, &mut None, &job).unwrap().0;
     job.steps(&mut trainer, progress).unwrap().step(&|| false).unwrap();
-    let progress = begin(&mut trainer, &job).unwrap();
+    let progress = begin(&mut trainer, &mut None, &job).unwrap().0;
     let mut steps = job.steps(&mut trainer, progress).unwrap();
     steps.step(&|| false).unwrap();
     let tally = steps.take_tally().unwrap();
@@ -200,11 +215,11 @@ fn a_checkpoint_of_another_round_or_base_is_not_resumed() {
     let site = Site::new("keep");
     site.interrupt(&mut site.trainer(), 1, 2);
     let mut trainer = site.trainer();
-    assert!(resume(&mut trainer, &site.job(2)).unwrap().is_none());
+    assert!(resume(&mut trainer, &mut None, &site.job(2)).unwrap().is_none());
     let mut job = site.job(1);
-    assert!(resume(&mut trainer, &job).unwrap().is_some());
+    assert!(resume(&mut trainer, &mut None, &job).unwrap().is_some());
     job.task.base_digest = Digest::of(b"other");
-    assert!(resume(&mut trainer, &job).unwrap().is_none());
+    assert!(resume(&mut trainer, &mut None, &job).unwrap().is_none());
 }
 
 #[test]

@@ -61,6 +61,18 @@ impl Worker {
         &self,
         job: impl FnOnce(&mut Option<Trainer>) -> R + Send + 'static,
     ) -> Result<R, WorkerError> {
+        self.begin(job).await?.await.map_err(|_| WorkerError::Gone)?
+    }
+
+    /// Hands in `job`, as [`Worker::run`], and returns where its result will be; who does not care for that can drop
+    /// it.
+    ///
+    /// # Errors
+    /// The thread has ended.
+    pub async fn begin<R: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut Option<Trainer>) -> R + Send + 'static,
+    ) -> Result<oneshot::Receiver<Result<R, WorkerError>>, WorkerError> {
         let (reply, result) = oneshot::channel();
         let job: Job = Box::new(move |trainer| {
             // The only state that a panic can leave half changed is dropped.
@@ -72,7 +84,7 @@ impl Worker {
             let _ = reply.send(outcome);
         });
         self.jobs.send(job).await.map_err(|_| WorkerError::Gone)?;
-        result.await.map_err(|_| WorkerError::Gone)?
+        Ok(result)
     }
 
     /// Ends the thread after the jobs handed in, and waits for it: libtorch must not be at work when the

@@ -8,6 +8,7 @@ use consort_common::{
     atomic_file::{write_atomically, write_atomically_with},
     chunk::{ChunkPlan, NoSuchChunk},
     codec::{DecodeError, Encoding, encode_with_feedback},
+    fragment::Fragment,
     ids::Digest,
 };
 use consort_proto::v1::DeltaChunk;
@@ -67,30 +68,29 @@ pub struct Delta {
 }
 
 impl Delta {
-    /// Encodes the round's values and makes them durable; returns the digest of what was written. Where the
-    /// encoding asks for error feedback, `values` are in the end what it dropped, which is made durable too,
-    /// and what it dropped up to the round whose state this one began with is added before. The delta is not
-    /// there before [`describe`](Self::describe) has added its description.
+    /// Encodes the values of the round's fragment and makes them durable; returns the digest of what was written.
+    /// Where the encoding asks for error feedback, `values` are in the end what it dropped, which is made durable
+    /// too, and what it dropped of this fragment before, up to the round whose state this one began with, is added
+    /// first. The delta is not there before [`describe`](Self::describe) has added its description.
     ///
     /// # Errors
     /// If the disk fails, or a value is not finite once the earlier error is added to it.
     pub fn write(
         directory: &RunDirectory,
         round: u32,
-        plan: ChunkPlan,
+        fragment: Fragment,
         encoding: Encoding,
         values: &mut [f32],
     ) -> Result<Digest, TransferError> {
-        let path = directory.delta(round);
+        let (path, plan) = (directory.delta(round), fragment.plan());
         let Some(decay) = encoding.error_feedback_decay() else {
             return write_chunks(&path, plan, encoding, values, |_, values, payload| {
                 encoding.codec().encode(values, payload);
                 Ok(())
             });
         };
-        let before = directory.site_state_before(round)?.and_then(|before| {
-            EncodingError::open(&directory.encoding_error(before), encoding, values.len())
-        });
+        let before = directory.encoding_error_before(round, fragment.count())?;
+        let before = before.and_then(|before| EncodingError::open(&before, encoding, values.len()));
         let before = before.as_ref().map(EncodingError::values);
         let digest = write_chunks(&path, plan, encoding, values, |start, values, payload| {
             let mut error = match before {
@@ -245,9 +245,9 @@ mod tests {
     /// then on disk, the error included.
     fn round(folder: &Path, round: u32, encoding: Encoding) -> (Vec<u8>, Option<Vec<u8>>) {
         let directory = open(folder);
-        directory.begin_round(round).unwrap();
+        directory.begin_round(round, 1).unwrap();
         let mut values = values(round as f32);
-        let digest = Delta::write(&directory, round, plan(), encoding, &mut values).unwrap();
+        let digest = Delta::write(&directory, round, Fragment::whole(plan()), encoding, &mut values).unwrap();
         std::fs::write(directory.site_state(round), []).unwrap();
         let encoded = std::fs::read(directory.delta(round)).unwrap();
         assert_eq!(Digest::of(&encoded), digest);
@@ -316,7 +316,7 @@ mod tests {
         let directory = open(folder.path());
         let mut values = values(1.0);
         values[17_000] = f32::INFINITY;
-        let result = Delta::write(&directory, 1, plan(), Encoding::TwoBit, &mut values);
+        let result = Delta::write(&directory, 1, Fragment::whole(plan()), Encoding::TwoBit, &mut values);
         assert!(matches!(result, Err(TransferError::Encode(_))), "{result:?}");
         assert!(!directory.delta(1).exists() && !directory.encoding_error(1).exists());
     }

@@ -6,8 +6,9 @@
 use std::{convert::Infallible, path::PathBuf, sync::Arc, sync::PoisonError};
 
 use consort_common::{
-    chunk::ChunkPlan,
+    chunk::{ChunkPlan, NoSuchChunk},
     codec::{DecodeError, Encoding},
+    fragment::Fragment,
     ids::{Digest, RunName},
 };
 use consort_proto::v1::{
@@ -41,9 +42,11 @@ struct Model<'a> {
     version: u32,
     digest: Digest,
     plan: ChunkPlan,
+    /// What makes it of the version before.
+    fragment: Fragment,
 }
 
-/// The version before, which an update is added to. That the file has its name says that it was verified
+/// The version before, which an update is added to and whose other fragments stay. That the file has its name says that it was verified
 /// when it arrived; should the disk have changed it since, the digest of the result is wrong, and the model
 /// is downloaded whole.
 #[derive(Clone)]
@@ -55,7 +58,8 @@ struct Held {
 impl Transfers {
     /// Brings a global model into the run's folder, as flat fp32 little-endian values, and removes older ones.
     /// A model that is there already is verified and used; one that this process has verified before is not
-    /// read again for that.
+    /// read again for that. Of one whose predecessor is there, only the `fragment` that the round between them
+    /// changed is downloaded.
     ///
     /// # Errors
     /// If the aggregator refuses, offers another model, or the disk fails.
@@ -63,7 +67,7 @@ impl Transfers {
         &self,
         directory: &RunDirectory,
         (run, version, digest): (&RunName, u32, Digest),
-        plan: ChunkPlan,
+        fragment: Fragment,
         activity: &Activity,
     ) -> Result<PathBuf, TransferError> {
         let path = directory.model(version);
@@ -71,7 +75,8 @@ impl Transfers {
             return Ok(path);
         }
         let part = directory.model_part(version);
-        let model = Model { run, version, digest, plan };
+        let plan = fragment.model();
+        let model = Model { run, version, digest, plan, fragment };
         let mut held = held(directory, version, plan);
         for _ in 0..ATTEMPTS_MAX {
             let what = format!("downloading version {version} of the model");
@@ -138,14 +143,19 @@ impl Transfers {
         if first == plan.chunks() {
             return Ok(blocking(|| part.finish()).await?);
         }
-        let clients = self.clients(&session, plan.chunks() - first);
-        let read_ahead = (READ_AHEAD_CHUNKS / clients.len()).max(1);
-        // Both have at most 16.
+        let fragment = held.map_or(Fragment::whole(plan), |_| model.fragment);
+        // What the connections deal out among them.
+        let coming = (fragment.next_chunk(first)..plan.chunks()).step_by(fragment.count() as usize);
+        // There are not more than the model has.
         #[allow(clippy::cast_possible_truncation)]
-        let stride = clients.len() as u32;
+        let clients = self.clients(&session, coming.len() as u32);
+        let read_ahead = (READ_AHEAD_CHUNKS / clients.len()).max(1);
+        // There are at most 16.
+        #[allow(clippy::cast_possible_truncation)]
+        let stride = clients.len() as u32 * fragment.count();
         let mut queues = Vec::new();
         let mut connections = Vec::new();
-        for (first, client) in (first..).zip(clients) {
+        for (first, client) in coming.zip(clients) {
             let (queue, receiver) = mpsc::channel(read_ahead);
             queues.push(receiver);
             let request = DownloadModelRequest {
@@ -164,7 +174,7 @@ impl Transfers {
             pending::<Infallible>().await
         };
         let part = tokio::select! {
-            part = write(part, plan, queues, activity) => part?,
+            part = write(part, plan, (held, fragment), queues, activity) => part?,
             never = receiving => match never {},
         };
         Ok(blocking(|| part.finish()).await?)
@@ -209,19 +219,33 @@ impl From<TransferError> for Stop {
 /// A chunk that is being verified and decoded, or why there is no further one.
 type Arriving = Result<JoinHandle<Result<Vec<f32>, Stop>>, Stop>;
 
-/// Appends the chunks in order; they are dealt out to the queues in turn.
+/// Appends the chunks in order: those of the fragment, which are dealt out to the queues in turn, and the others as
+/// they are held.
 async fn write(
     mut part: Part,
     plan: ChunkPlan,
+    (held, fragment): (Option<&Held>, Fragment),
     mut queues: Vec<mpsc::Receiver<Arriving>>,
     activity: &Activity,
 ) -> Result<Part, Stop> {
     let connections = queues.len();
-    for turn in 0.. {
-        if part.chunks() == plan.chunks() {
-            break;
+    let mut turn = 0;
+    while part.chunks() < plan.chunks() {
+        let index = part.chunks();
+        let kept = held.filter(|_| fragment.position(index).is_none());
+        if let Some(held) = kept {
+            let (file, until) = (held.file.clone(), fragment.next_chunk(index).min(plan.chunks()));
+            let append = move || {
+                for index in index..until {
+                    part.append(chunk_of(&file, plan, index)?)?;
+                }
+                Ok(part)
+            };
+            part = blocking(append).await?;
+            continue;
         }
         let arriving = queues[turn % connections].recv().await;
+        turn += 1;
         let decoding =
             arriving.unwrap_or_else(|| Err(Status::internal("the download ended early").into()))?;
         let values = decoding.await.map_err(|error| TransferError::Internal(error.to_string()))??;
@@ -230,6 +254,13 @@ async fn write(
         activity.done_of(bytes.min(plan.parameters() * 4), plan.parameters() * 4);
     }
     Ok(part)
+}
+
+/// A chunk of a file that has the plan's length: `held` looked.
+#[allow(clippy::cast_possible_truncation)]
+fn chunk_of(file: &ModelFile, plan: ChunkPlan, index: u32) -> Result<&[f32], NoSuchChunk> {
+    let range = plan.range(index)?;
+    Ok(&file.values()[range.start as usize..range.end as usize])
 }
 
 /// Receives one connection's chunks, and has them verified and decoded.
@@ -349,7 +380,6 @@ impl Form {
     /// so it is a fault and no attack.
     fn values(&self, chunk: &ModelChunk) -> Result<Vec<f32>, Stop> {
         let index = chunk.index;
-        let range = self.plan.range(index).map_err(TransferError::from)?;
         let mut values = vec![0.0; self.plan.length(index).map_err(TransferError::from)?];
         let expected_bytes = self.encoding.codec().encoded_bytes(values.len());
         if chunk.payload.len() != expected_bytes {
@@ -364,9 +394,7 @@ impl Form {
         let decoded = self.encoding.codec().decode(&chunk.payload, &mut values);
         decoded.map_err(|error| Stop::Undecodable(index, error))?;
         if let Some(base) = &self.base {
-            // Its length is the plan's: `held` looked.
-            #[allow(clippy::cast_possible_truncation)]
-            let base = &base.values()[range.start as usize..range.end as usize];
+            let base = chunk_of(base, self.plan, index).map_err(TransferError::from)?;
             for (value, base) in values.iter_mut().zip(base) {
                 *value += base;
             }

@@ -1,7 +1,7 @@
 //! What the delta encoding has dropped so far, as it is carried from a round to the next: error feedback
 //! for encodings that lose so much that it must not be lost.
 //!
-//! A file of fp32 values, as many as the model's, and the BLAKE3 of the encoding's name and the values. Like
+//! A file of fp32 values, as many as the model's or its fragment's, and the BLAKE3 of the encoding's name and the values. Like
 //! the rest of the site's state it is written once per round and only read by later ones.
 
 use std::{io::Write, path::Path};
@@ -36,7 +36,7 @@ impl EncodingError {
             Err(error) => error.to_string(),
             Ok(file) => match file.bytes().split_last_chunk::<DIGEST_BYTES>() {
                 Some((values, _)) if values.len() != parameters * 4 => {
-                    format!("it has {} values, the model {parameters}", values.len() / 4)
+                    format!("it has {} values, the delta {parameters}", values.len() / 4)
                 }
                 Some((values, found)) if digest(encoding, values).as_bytes() == found => {
                     return Some(Self(file));
@@ -48,7 +48,7 @@ impl EncodingError {
         None
     }
 
-    /// The values, as many as the model's.
+    /// The values, as many as the delta's.
     pub(super) fn values(&self) -> &[f32] {
         let values = self.0.values();
         &values[..values.len() - DIGEST_BYTES / 4]

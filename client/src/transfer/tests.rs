@@ -1,6 +1,6 @@
 //! Transfers against an aggregator that breaks off.
 
-use consort_common::{chunk::ChunkPlan, codec::Encoding, ids::RunName};
+use consort_common::{chunk::ChunkPlan, codec::Encoding, fragment::Fragment, ids::RunName};
 use consort_proto::v1::ClientActivity;
 use tokio::time::Instant;
 use tonic::Code;
@@ -81,7 +81,7 @@ impl Site {
 
     async fn download(&self, version: u32) -> Result<PathBuf, TransferError> {
         let model = (&run(), version, self.fake.model_digest());
-        self.transfers.download_model(&self.directory, model, plan(), &self.activity).await
+        self.transfers.download_model(&self.directory, model, Fragment::whole(plan()), &self.activity).await
     }
 
     /// First chunk, stride and version held of each download.
@@ -115,7 +115,8 @@ impl Site {
 
     fn delta(&self) -> Delta {
         let mut values = values(0.5);
-        let encoded_digest = Delta::write(&self.directory, 1, plan(), Encoding::Fp32, &mut values).unwrap();
+        let encoded_digest =
+            Delta::write(&self.directory, 1, Fragment::whole(plan()), Encoding::Fp32, &mut values).unwrap();
         let description = DeltaDescription {
             round: 1,
             spec_digest: encoded_digest,
@@ -199,7 +200,8 @@ async fn what_was_damaged_on_disk_is_noticed_at_the_end_and_fetched_anew() {
 async fn another_model_than_the_instructed_one_is_refused_before_it_is_downloaded() {
     let site = Site::with([]);
     let model = (&run(), 4, Digest::of(b"other"));
-    let result = site.transfers.download_model(&site.directory, model, plan(), &site.activity).await;
+    let whole = Fragment::whole(plan());
+    let result = site.transfers.download_model(&site.directory, model, whole, &site.activity).await;
     assert!(matches!(result, Err(TransferError::OtherModel(_))));
     assert!(!site.directory.model(4).exists());
 }
@@ -321,8 +323,8 @@ async fn there_are_no_more_connections_than_chunks() {
     let transfer = Transfer { connections: 16, upload_bytes_per_second: 0, download_bytes_per_second: 0 };
     let site = Site::new(state, &transfer);
     let model = (&run(), 4, site.fake.model_digest());
-    let plan = ChunkPlan::new(PARAMETERS as u64, 500);
-    site.transfers.download_model(&site.directory, model, plan, &site.activity).await.unwrap();
+    let whole = Fragment::whole(ChunkPlan::new(PARAMETERS as u64, 500));
+    site.transfers.download_model(&site.directory, model, whole, &site.activity).await.unwrap();
     let mut downloads = site.downloads();
     downloads.sort_unstable();
     assert_eq!(downloads, [(0, 2, None), (1, 2, None)]);
@@ -455,4 +457,35 @@ async fn an_upload_that_waits_for_its_own_limit_does_not_take_that_for_silence()
     let site = Site::new(offering([]), &config);
     site.upload().await.unwrap();
     assert_eq!(site.uploads().len(), 1, "each chunk takes 128 s, and no call was given up");
+}
+
+impl Site {
+    /// Downloads version 4, which differs from a version 3 that is there in every fifth chunk from the fourth on.
+    async fn download_fragment(&self, change: impl FnOnce(&mut [f32])) -> Vec<(u32, u32, Option<u32>)> {
+        let fragment = Fragment::of_round(plan(), 5, 4);
+        let mut held = values(1.0);
+        fragment.slices_mut(&mut held).for_each(|chunk| chunk.fill(0.0));
+        change(&mut held);
+        std::fs::write(self.directory.model(3), bytemuck::cast_slice::<f32, u8>(&held)).unwrap();
+        let model = (&run(), 4, self.fake.model_digest());
+        let path =
+            self.transfers.download_model(&self.directory, model, fragment, &self.activity).await.unwrap();
+        assert_eq!(std::fs::read(path).unwrap(), bytemuck::cast_slice::<f32, u8>(&values(1.0)));
+        self.downloads()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_a_model_whose_predecessor_is_there_only_the_fragment_is_downloaded() {
+    let asked = Site::with([broken(2)]).download_fragment(|_| ()).await;
+    assert_eq!(asked, [(3, 5, Some(3)), (13, 5, Some(3))], "two of its three chunks, then the last");
+    let mut asked = Site::connected([], 2).download_fragment(|_| ()).await;
+    asked.sort_unstable();
+    assert_eq!(asked, [(3, 10, Some(3)), (8, 10, Some(3))]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_predecessor_that_is_damaged_costs_a_whole_download() {
+    let asked = Site::with([]).download_fragment(|held| held[0] += 1.0).await;
+    assert_eq!(asked, [(3, 5, Some(3)), (0, 1, None)]);
 }

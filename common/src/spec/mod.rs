@@ -21,6 +21,7 @@ pub use self::{
 use crate::{
     chunk::ChunkPlan,
     codec::{Encoding, ModelEncoding},
+    fragment::Fragment,
     ids::{Digest, RunName},
     model::Architecture,
     schedule::Schedule,
@@ -305,6 +306,9 @@ pub struct OuterSpec {
     pub weighting: Weighting,
     /// How the deltas become one.
     pub aggregation: Aggregation,
+    /// Streaming DiLoCo; nothing: each round synchronises the whole model, and sites wait for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub streaming: Option<StreamingSpec>,
 }
 
 impl Default for OuterSpec {
@@ -313,7 +317,29 @@ impl Default for OuterSpec {
             optimizer: OuterOptimizer::default(),
             weighting: Weighting::Tokens,
             aggregation: Aggregation::default(),
+            streaming: None,
         }
+    }
+}
+
+/// Streaming DiLoCo (arXiv 2501.18512): a round synchronises one fragment of the model, while the sites train on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StreamingSpec {
+    /// Fragments, P; see [`Fragment`]. Each is synchronised every P rounds, so that the paper's H is P x
+    /// `training.local_steps`.
+    pub fragments: u32,
+    /// Local steps that a site takes while a fragment is on its way, tau; then it is mixed in.
+    pub overlap: u32,
+    /// What remains of the site's own values when a fragment is mixed in, alpha: alpha x local + (1 - alpha) x
+    /// global (algorithm 2).
+    pub mixing: f64,
+}
+
+impl Default for StreamingSpec {
+    /// tau and alpha are those that the paper recommends (section 3).
+    fn default() -> Self {
+        Self { fragments: 3, overlap: 5, mixing: 0.5 }
     }
 }
 
@@ -550,6 +576,16 @@ impl RunSpec {
     /// How the model's vector is cut.
     pub fn chunk_plan(&self) -> ChunkPlan {
         ChunkPlan::new(self.model.manifest().parameters(), self.wire.chunk_parameters)
+    }
+
+    /// How many fragments the model is synchronised in: one without streaming.
+    pub fn fragments(&self) -> u32 {
+        self.outer.streaming.as_ref().map_or(1, |streaming| streaming.fragments)
+    }
+
+    /// What makes `version`, from 1, of the one before; the round of that number synchronises it.
+    pub fn fragment(&self, version: u32) -> Fragment {
+        Fragment::of_round(self.chunk_plan(), self.fragments(), version)
     }
 
     /// Steps that every site takes in the whole run, when it takes part in each round.

@@ -20,7 +20,7 @@ mod tests {
         schedule::Schedule,
         spec::{
             AdaptiveDeadline, Aggregation, OptimizerSpec, OuterOptimizer, OuterSpec, StartSpec,
-            TokenizerSpec, TrainingSpec,
+            StreamingSpec, TokenizerSpec, TrainingSpec,
         },
     };
 
@@ -172,6 +172,7 @@ mod tests {
             with(&|spec| spec.outer.aggregation = Aggregation::Median {}),
             with(&|spec| spec.outer.aggregation = Aggregation::Krum { hostile: 1 }),
             with(&|spec| spec.outer.aggregation = Aggregation::MultiKrum { hostile: 1, selected: 2 }),
+            with(&|spec| spec.outer.streaming = Some(StreamingSpec::default())),
             with(&|spec| spec.participation.adaptive_deadline = Some(AdaptiveDeadline::default())),
         ]
     }
@@ -224,6 +225,6 @@ mod tests {
                 tried += 1;
             }
         }
-        assert_eq!(tried, 22, "alternatives in the reference");
+        assert_eq!(tried, 23, "alternatives in the reference");
     }
 }

@@ -2,7 +2,8 @@
 
 use super::{
     AdaptiveDeadline, Aggregation, CheckpointSpec, EvaluationSpec, OptimizerSpec, OuterOptimizer,
-    ParticipationSpec, RunSpec, Sampling, TokenizerSpec, TrainingSpec, aggregation, validate::Problem,
+    ParticipationSpec, RunSpec, Sampling, StreamingSpec, TokenizerSpec, TrainingSpec, aggregation,
+    validate::Problem,
 };
 use crate::{
     chunk::{CHUNK_PARAMETERS_MAX, CHUNK_PARAMETERS_MIN},
@@ -53,6 +54,7 @@ pub(super) fn problems(spec: &RunSpec, faulty: &[String]) -> Vec<Problem> {
     tokens(&mut rules, spec);
     outer(&mut rules, &spec.outer.optimizer);
     aggregation(&mut rules, &spec.outer.aggregation, &spec.participation);
+    streaming(&mut rules, spec);
     participation(&mut rules, &spec.participation, spec.training.local_steps);
     evaluation(&mut rules, &spec.evaluation);
     checkpoints(&mut rules, &spec.checkpoints);
@@ -317,6 +319,32 @@ fn aggregation(rules: &mut Rules<'_>, rule: &Aggregation, participation: &Partic
             "is \"{}\", but {ends}, which tell nothing of each other; allowed then: \"mean\"",
             rule.name()
         )
+    });
+}
+
+fn streaming(rules: &mut Rules<'_>, spec: &RunSpec) {
+    let Some(StreamingSpec { fragments, overlap, mixing }) = spec.outer.streaming else { return };
+    let path = |key: &str| format!("outer.streaming.{key}");
+    let chunk = spec.wire.chunk_parameters;
+    // What is wrong with these is said elsewhere.
+    let cut = chunk > 0 && spec.model.problems().is_empty();
+    let chunks = if cut { spec.model.manifest().parameters().div_ceil(u64::from(chunk)) } else { 0 };
+    let holds = fragments > 0 && (chunks == 0 || u64::from(fragments) <= chunks);
+    rules.check(&[&path("fragments"), "wire.chunk_parameters", "model"], holds, || {
+        format!("is {fragments}; allowed: 1 to the number of the model's chunks of wire.chunk_parameters, {chunks}")
+    });
+    let (steps, named) = match spec.participation.minimum_steps {
+        0 => (spec.training.local_steps, "training.local_steps"),
+        steps => (steps, "participation.minimum_steps"),
+    };
+    let others = ["training.local_steps", "participation.minimum_steps"];
+    rules.check(&[&path("overlap"), others[0], others[1]], overlap < steps, || {
+        format!("is {overlap}; allowed: 0 (sites wait for each fragment), or below {named} = {steps}")
+    });
+    rules.number(&path("mixing"), mixing, (0.0..1.0).contains(&mixing), "0 or more, below 1");
+    let late = spec.participation.staleness_max;
+    rules.check(&["participation.staleness_max", "outer.streaming"], late == 0, || {
+        format!("is {late}, but a late delta is of another fragment than the next round's; allowed with outer.streaming: 0")
     });
 }
 

@@ -27,7 +27,7 @@ fn run() -> RunName {
 
 fn layout() -> ModelLayout {
     let (plan, encoding) = (ChunkPlan::new(12, 4), ModelEncoding::Fp32);
-    ModelLayout { plan, encoding, momentum: false, second_moment: false }
+    ModelLayout { plan, encoding, momentum: false, second_moment: false, fragments: 1 }
 }
 
 fn expected(sites: &[&str]) -> Option<ExpectedRound> {

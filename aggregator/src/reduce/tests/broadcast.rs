@@ -2,7 +2,7 @@
 
 use super::*;
 
-fn forms() -> Vec<ModelEncoding> {
+pub(super) fn forms() -> Vec<ModelEncoding> {
     let updates = Encoding::ALL.map(ModelEncoding::Update);
     [ModelEncoding::Fp32, ModelEncoding::Bf16].into_iter().chain(updates).collect()
 }

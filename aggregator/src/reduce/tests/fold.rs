@@ -42,10 +42,10 @@ fn chunks_folded_before_the_rest_has_come_give_the_same_version() {
     let fixture = fixture();
     let fold = begin(&fixture);
     for index in [2, 0] {
-        assert!(fold.fold(index).is_err(), "nothing has come");
+        assert!(fold.fold_delta(index).is_err(), "nothing has come");
         SITES.iter().rev().for_each(|site| put(&fixture, site, index));
-        fold.fold(index).unwrap();
-        fold.fold(index).unwrap();
+        fold.fold_delta(index).unwrap();
+        fold.fold_delta(index).unwrap();
     }
     SITES.iter().for_each(|site| put(&fixture, site, 1));
     let mut contributions = accepted(&fixture);
@@ -61,7 +61,7 @@ fn a_round_that_is_given_up_leaves_nothing() {
     let fixture = fixture();
     put_all(&fixture);
     let fold = begin(&fixture);
-    fold.fold(1).unwrap();
+    fold.fold_delta(1).unwrap();
     drop(fold);
     let names: Vec<_> = std::fs::read_dir(fixture.folder.path().join("models/pilot"))
         .unwrap()
@@ -75,7 +75,7 @@ fn a_chunk_that_was_sent_again_after_it_was_folded_is_noticed() {
     let fixture = fixture();
     put_all(&fixture);
     let fold = begin(&fixture);
-    fold.fold(0).unwrap();
+    fold.fold_delta(0).unwrap();
     fixture.put(&key(1, "north"), 0, &bytes(&[3.0; 4]));
     let error = fold.finish(&accepted(&fixture)).unwrap_err();
     assert!(matches!(&error, ReduceError::OtherDelta { key, .. } if key.site.as_str() == "north"), "{error}");

@@ -234,6 +234,33 @@ fn aggregation_rules_ask_for_enough_sites() {
 }
 
 #[test]
+fn streaming_fits_the_model_and_the_steps() {
+    check("outer.streaming = {}", &[]);
+    check(
+        "outer.streaming = { fragments = 4, overlap = 100, mixing = 1.0 }",
+        &[
+            "outer.streaming.fragments is 4; allowed: 1 to the number of the model's chunks of wire.chunk_parameters, 3",
+            "outer.streaming.overlap is 100; allowed: 0 (sites wait for each fragment), or below training.local_steps = 100",
+            "outer.streaming.mixing is 1; allowed: 0 or more, below 1",
+        ],
+    );
+    check("outer.streaming = { fragments = 4 }\nwire.chunk_parameters = 100000", &[]);
+    check(
+        "outer.streaming = {}\nparticipation.staleness_max = 2",
+        &[
+            "participation.staleness_max is 2, but a late delta is of another fragment than the next round's; allowed with outer.streaming: 0",
+        ],
+    );
+    check(
+        "outer.streaming = { fragments = 0, overlap = 7 }\nparticipation.minimum_steps = 7",
+        &[
+            "outer.streaming.fragments is 0; allowed: 1 to the number of the model's chunks of wire.chunk_parameters, 3",
+            "outer.streaming.overlap is 7; allowed: 0 (sites wait for each fragment), or below participation.minimum_steps = 7",
+        ],
+    );
+}
+
+#[test]
 fn wrong_types_name_both() {
     check("training = 3", &["training is 3; allowed: a table"]);
     check("wire = [1]", &["wire is an array; allowed: a table"]);
