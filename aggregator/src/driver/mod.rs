@@ -213,7 +213,7 @@ impl Driver {
                 match self.models.open(&name, version, material.layout()) {
                     Ok(model) => drop(older_digests.insert(version, model.digest())),
                     Err(error) => {
-                        tracing::error!(run = %name, %error, "sites that train from version {version} have to wait until their work is given up")
+                        tracing::error!(run = %name, %error, "sites that train from version {version} have to wait until their work is given up");
                     }
                 }
             }

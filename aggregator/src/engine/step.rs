@@ -64,7 +64,7 @@ impl Turn<'_> {
             Event::Pause => self.pause(),
             Event::Resume => self.resume(),
             Event::Abort { reason } => self.abort(&reason),
-            Event::Delivered { site, round, facts } => self.delivered(site, round, facts),
+            Event::Delivered { site, round, facts } => self.delivered(&site, round, facts),
             Event::Tick => Ok(()),
             Event::Reduced { round, facts } => self.reduced(round, facts),
             Event::ReduceFailed { round, reason, spoilt } => {
@@ -184,16 +184,16 @@ impl Turn<'_> {
         Ok(())
     }
 
-    fn delivered(&mut self, site: SiteName, round: u32, facts: ContributionFacts) -> Result<(), Rejection> {
+    fn delivered(&mut self, site: &SiteName, round: u32, facts: ContributionFacts) -> Result<(), Rejection> {
         let state = &mut self.run.state;
         if state.status == RunStatus::Created || state.status.is_over() {
             return Err(Rejection::NotRunning { status: state.status.clone() });
         }
-        if let Some(first) = state.accepted(&site, round) {
+        if let Some(first) = state.accepted(site, round) {
             self.effects.push(again(first, round, &facts)?);
             return Ok(());
         }
-        let steps = state.assigned_steps(self.plan, &site, round)?;
+        let steps = state.assigned_steps(self.plan, site, round)?;
         check_facts(&facts, steps, self.plan)?;
         let filling = state.filling();
         let contribution = Contribution {
@@ -204,7 +204,7 @@ impl Turn<'_> {
             facts,
         };
         self.effects.push(Effect::RecordContribution { round, contribution: contribution.clone() });
-        if state.behind.remove(&site).is_some() {
+        if state.behind.remove(site).is_some() {
             state.late.push(contribution);
             self.say(format!("{site} delivered late for round {round}; its delta counts in round {filling}"));
             return Ok(());

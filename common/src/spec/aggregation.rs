@@ -117,7 +117,10 @@ impl Aggregation {
 
 /// Fewest deltas that a round of the specification may end with, and the key that says so.
 pub(super) fn deltas_min(participation: &ParticipationSpec) -> (u32, &'static str) {
-    let ParticipationSpec { quorum, minimum_clients, clients_per_round, .. } = *participation;
+    let ParticipationSpec { quorum, minimum_clients, clients_per_round, buffer, .. } = *participation;
+    if buffer > 0 {
+        return (buffer, "buffer");
+    }
     match (quorum, clients_per_round) {
         (0, clients) if clients > 0 && clients < minimum_clients => (clients, "clients_per_round"),
         (0, _) => (minimum_clients, "minimum_clients"),

@@ -231,6 +231,12 @@ fn aggregation_rules_ask_for_enough_sites() {
         ],
     );
     check("outer.aggregation = { kind = \"multi-krum\" }\nparticipation.minimum_clients = 5", &[]);
+    check(
+        "outer.aggregation.kind = \"median\"\nparticipation = { minimum_clients = 4, buffer = 2, staleness_max = 2 }",
+        &[
+            r#"outer.aggregation.kind is "median", but a round may end with 2 (participation.buffer), which tell nothing of each other; allowed then: "mean""#,
+        ],
+    );
 }
 
 #[test]
