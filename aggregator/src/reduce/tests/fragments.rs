@@ -56,11 +56,10 @@ fn a_fragment_goes_through_its_rounds_as_a_model_of_its_own() {
             versions[turn] += 1;
             let model = &models[turn];
             let alone = model.reduce(versions[turn] - 1, &deliver(model, versions[turn])).unwrap();
-            assert_eq!(
-                (whole.delta_norm, whole.update_norm),
-                (alone.delta_norm, alone.update_norm),
-                "{form}"
-            );
+            // Sums of squares are added piece by piece, and the pieces of the two models may differ.
+            let close = |a: f64, b: f64| (a - b).abs() <= 1e-12 * a;
+            assert!(close(whole.delta_norm, alone.delta_norm), "{form}");
+            assert!(close(whole.update_norm, alone.update_norm), "{form}");
             assert_eq!(whole.statistics.update_cosine, None, "these updates are of different parameters");
 
             let parameters = fixture.parameters(round);
