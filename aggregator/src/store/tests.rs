@@ -102,16 +102,13 @@ fn tensors() -> Vec<TensorNorms> {
     ]
 }
 
+fn treatment(round: u32, from: &str, weight: f64) -> Treatment {
+    let (norm, selected) = (Some(2.0 * weight), Some(weight > 0.25));
+    Treatment { site: site(from), round, weight, norm, clip: None, selected }
+}
+
 fn commit_of(round: u32, weights: &[(&str, f64)]) -> Record {
-    let treatment = |(from, weight): &(&str, f64)| Treatment {
-        site: site(from),
-        round,
-        weight: *weight,
-        norm: Some(2.0 * weight),
-        clip: None,
-        selected: Some(*weight > 0.25),
-    };
-    let treatments = weights.iter().map(treatment).collect();
+    let treatments = weights.iter().map(|(from, weight)| treatment(round, from, *weight)).collect();
     Record::Round(RoundCommit { row: round_row(round), treatments, tensors: tensors() })
 }
 
@@ -238,13 +235,19 @@ async fn a_late_delta_is_listed_with_the_round_in_which_it_counts() {
     for round in [1, 2] {
         fixture.save("committed", &[commit_of(round, &[("south", 1.0)])]).await.unwrap();
     }
-    let weights = vec![(1, site("north"), 0.25), (3, site("north"), 0.25), (3, site("south"), 0.5)];
-    let commit = Record::Round(RoundCommit { row: round_row(3), weights });
+    let treatments =
+        vec![treatment(1, "north", 0.25), treatment(3, "north", 0.25), treatment(3, "south", 0.5)];
+    let commit = Record::Round(RoundCommit { row: round_row(3), treatments, tensors: tensors() });
     fixture.save("committed", &[commit]).await.unwrap();
     let counted: Vec<u32> =
         fixture.store.rounds(&pilot()).await.unwrap().iter().map(|row| row.contributors).collect();
     assert_eq!(counted, [1, 1, 3]);
-    let weighted = |row: ContributionRow, weight| ContributionRow { weight: Some(weight), ..row };
+    let weighted = |row: ContributionRow, weight: f64| ContributionRow {
+        weight: Some(weight),
+        measured_norm: Some(2.0 * weight),
+        selected: Some(weight > 0.25),
+        ..row
+    };
     let expected = [weighted(late, 0.25), weighted(fresh, 0.25), weighted(third, 0.5)];
     assert_eq!(fixture.store.contributions(&pilot(), 3).await.unwrap(), expected);
     assert_eq!(fixture.store.contributions(&pilot(), 1).await.unwrap(), [weighted(first, 1.0)]);

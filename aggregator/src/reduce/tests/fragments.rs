@@ -78,6 +78,8 @@ fn a_delta_of_the_whole_model_does_not_fit_a_round_of_a_fragment() {
     let whole = fixture.spooled(&contribution.key);
     fixture.layout.fragments = FRAGMENTS;
     let shares = vec![Share { delta: whole, weight: 1.0 }];
-    let error = RoundFold::begin(shares, fixture.base(0), NESTEROV, &fixture.models).unwrap_err();
+    let (rule, tensors) = (Aggregation::default(), fixture.tensors());
+    let begun = RoundFold::begin(shares, fixture.base(0), NESTEROV, &rule, tensors, &fixture.models);
+    let error = begun.unwrap_err();
     assert!(matches!(error, ReduceError::Unfit { .. }), "{error}");
 }
