@@ -85,7 +85,7 @@ fn a_late_delta_counts_in_the_next_round_with_less_weight_also_after_a_restart()
     assert_eq!(recorded, Some((1, 1)));
     assert!(!world.is_training("slow"), "the round is full");
     let again = Effect::Duplicate { site: site("slow"), round: 1 };
-    assert_eq!(world.deliver("slow", 1).unwrap(), [again.clone()]);
+    assert_eq!(world.deliver("slow", 1).unwrap(), std::slice::from_ref(&again));
     world.deliver("fast", 2).unwrap();
     assert_eq!(world.deliver("slow", 1).unwrap(), [again]);
     // 1 and 1 / sqrt(2), as shares.
