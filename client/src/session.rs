@@ -106,9 +106,11 @@ where
 {
     let mut backoff = Backoff::new(NETWORK);
     let mut generation = 0;
+    // A new connection goes the same way as the one before.
+    let round_trip = RoundTrip::default();
     loop {
         generation += 1;
-        let error = match open(&connect, &member, generation).await {
+        let error = match open(&connect, &member, generation, round_trip.clone()).await {
             Ok((session, instructions)) => {
                 keeper.publish(Some(session));
                 let error = listen(instructions, generation, &mut keeper, &standings, &mut backoff).await;
@@ -132,6 +134,7 @@ async fn open<C, Connected>(
     connect: &C,
     member: &Member,
     generation: u64,
+    round_trip: RoundTrip,
 ) -> Result<(Session, Streaming<Instruction>), SessionError>
 where
     C: Fn() -> Connected,
@@ -149,7 +152,7 @@ where
     greet(&joined);
     let wait = WaitForAssignmentRequest { session_id: joined.session_id.clone() };
     let instructions = client.wait_for_assignment(wait).await.map_err(SessionError::Lost)?.into_inner();
-    let session = Session { id: joined.session_id, client, generation, round_trip: RoundTrip::default() };
+    let session = Session { id: joined.session_id, client, generation, round_trip };
     Ok((session, instructions))
 }
 

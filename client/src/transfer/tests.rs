@@ -269,7 +269,9 @@ fn twenty_breaks_cost_less_than_a_fiftieth_of_a_delta_of_four_thousand_chunks() 
     assert_eq!(upload::stake_bytes(2560, 1, NEAR, u32::MAX), 1);
     // A line of 1 Gbit/s over 100 ms holds 12.5 MB, however small the delta's parts are.
     let far = Duration::from_millis(100);
-    assert!(upload::stake_bytes(500_000_000, 1 << 20, far, 0) >= 12_500_000);
+    let first = upload::stake_bytes(500_000_000, 1 << 20, far, 0);
+    assert!(first >= 12_500_000);
+    assert_eq!(upload::stake_bytes(500_000_000, 1 << 20, far, 1), first / 4, "it is a quarter after a break");
     assert_eq!(upload::stake_bytes(10_000_000_000, 1 << 20, far, 0), 10_000_000_000 / 128);
 }
 
