@@ -73,8 +73,9 @@ pub enum CheckpointError {
 #[serde(deny_unknown_fields)]
 struct Metadata<P> {
     progress: P,
-    /// Whose the moments are, as the specification names it.
-    optimizer: String,
+    /// Whose the moments are, as the specification names it; checkpoints of earlier versions do not say it.
+    #[serde(default)]
+    optimizer: Option<String>,
     optimizer_steps: u64,
 }
 
@@ -183,7 +184,7 @@ mod tests {
     fn example() -> Checkpoint<Value> {
         let progress = json!({"steps": 17, "cursor": {"epoch": 1, "position": 99}});
         let vector = |scale: f32| (0..100).map(|index| index as f32 * scale).collect::<Vec<f32>>();
-        let optimizer = "adopt".to_owned();
+        let optimizer = Some("adopt".to_owned());
         let moments = Moments { optimizer, first: vector(0.1), second: vector(-0.2), steps: 317 };
         Checkpoint { progress, parameters: vector(1.5), moments }
     }
@@ -202,6 +203,13 @@ mod tests {
         assert_eq!(load(&path).unwrap(), Some(example()));
         assert_eq!(write(folder.path()), path, "an older one is replaced");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing else is left behind");
+    }
+
+    #[test]
+    fn what_an_earlier_version_says_without_the_optimizer_is_understood() {
+        let json = r#"{"progress": 5, "optimizer_steps": 317}"#;
+        let metadata: Metadata<Value> = serde_json::from_str(json).unwrap();
+        assert_eq!((metadata.optimizer, metadata.optimizer_steps), (None, 317));
     }
 
     #[test]

@@ -22,8 +22,8 @@ use super::{
 /// An optimizer's state, on the host.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Moments {
-    /// Whose state it is, as the specification names it.
-    pub optimizer: String,
+    /// Whose state it is, as the specification names it; None where a checkpoint does not say it.
+    pub optimizer: Option<String>,
     /// Decaying mean of the gradient, in the manifest's order: ADOPT's of the normalised gradient; for Muon's
     /// matrices a decaying mean too.
     pub first: Vec<f32>,
@@ -139,7 +139,7 @@ impl Optimizer {
 
     pub(super) fn moments(&self) -> Result<Moments, TrainerError> {
         let mut moments = Moments {
-            optimizer: self.rule.name().to_owned(),
+            optimizer: Some(self.rule.name().to_owned()),
             first: vec![0.0; self.first.numel()],
             second: vec![0.0; self.second.numel()],
             steps: 0,
@@ -153,8 +153,10 @@ impl Optimizer {
 
     pub(super) fn load_moments(&mut self, moments: &Moments) -> Result<(), TrainerError> {
         let expected = self.rule.name();
-        if moments.optimizer != expected {
-            return Err(TrainerError::OtherOptimizer { found: moments.optimizer.clone(), expected });
+        if let Some(found) = &moments.optimizer
+            && found != expected
+        {
+            return Err(TrainerError::OtherOptimizer { found: found.clone(), expected });
         }
         copy_in(&mut self.first, &moments.first, "loading the first moments")?;
         copy_in(&mut self.second, &moments.second, "loading the second moments")?;

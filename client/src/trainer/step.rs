@@ -164,7 +164,7 @@ impl Trainer {
     /// Takes over the optimizer's state.
     ///
     /// # Errors
-    /// Its length is not the model's.
+    /// Its length is not the model's, or it is another optimizer's.
     pub fn load_moments(&mut self, moments: &Moments) -> Result<(), TrainerError> {
         self.optimizer.load_moments(moments)
     }

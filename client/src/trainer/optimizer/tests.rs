@@ -169,6 +169,9 @@ fn moments_of_another_optimizer_are_refused_by_name_and_change_nothing() {
             if found == expected {
                 other.load_moments(&moments).unwrap();
                 assert_eq!(other.moments().unwrap(), moments);
+                let unnamed = Moments { optimizer: None, steps: 8, ..moments.clone() };
+                other.load_moments(&unnamed).unwrap();
+                assert_eq!(other.moments().unwrap().steps, 8);
                 continue;
             }
             let error = other.load_moments(&moments).unwrap_err().to_string();
