@@ -41,7 +41,8 @@ enum RowsError {
     #[error("its column {key:?} does not hold one text for each row")]
     NotText { key: String },
     #[error(
-        "its text is compressed with {codec}, which is not read here: write it with zstd, gzip, lz4 or snappy"
+        "its text is compressed with {codec}, which is not read here: write it with zstd, gzip, LZ4_RAW or \
+         snappy"
     )]
     Codec { codec: &'static str },
     #[error("it has a page of {bytes} bytes, more than {bytes_max}: write the file with smaller pages")]
@@ -114,6 +115,8 @@ impl Rows {
             let codec = match chunk.compression() {
                 Compression::BROTLI(_) => Some("Brotli"),
                 Compression::LZO => Some("LZO"),
+                // Read by trying three forms, of which one grows past the size that the page claims.
+                Compression::LZ4 => Some("LZ4 (the deprecated form)"),
                 _ => None,
             };
             if let Some(codec) = codec {

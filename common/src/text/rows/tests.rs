@@ -85,11 +85,17 @@ const ONLY_TEXT: &str = "message rows { optional binary text (UTF8); }";
 #[test]
 fn a_codec_that_is_not_read_is_named() {
     let mut file = parquet(ONLY_TEXT, &[Some("one")], parquet::basic::Compression::SNAPPY);
-    // The column's name in the footer, then the field with the codec, a zigzag number: 3 is LZO.
+    // The column's name in the footer, then the field with the codec, a zigzag number: 3 is LZO, 5 is LZ4.
     let pattern = b"\x18\x04text\x15";
     let at = file.windows(pattern.len()).position(|bytes| bytes == pattern).unwrap() + pattern.len();
-    assert_eq!(std::mem::replace(&mut file[at], 6), 2, "snappy is 1");
-    check("a.parquet", &file, &[], &["0: cannot be read on: its text is compressed with LZO"]);
+    assert_eq!(file[at], 2, "snappy is 1");
+    for (codec, fault) in [
+        (6, "0: cannot be read on: its text is compressed with LZO,"),
+        (10, "0: cannot be read on: its text is compressed with LZ4 (the deprecated form),"),
+    ] {
+        file[at] = codec;
+        check("a.parquet", &file, &[], &[fault]);
+    }
 }
 
 #[test]
