@@ -1,16 +1,18 @@
 //! The rows of a `.parquet` file: one column of text, page by page.
 //!
 //! Memory is the pages that the rows read ahead lie in, and the column's dictionary where it has one, each of bounded
-//! size (see `pages`). The parquet library panics on some damaged files; that ends the file here, and nothing else.
+//! size (see `pages`). The parquet library panics on some damaged files; that ends the file here, and nothing else. Its
+//! message, which may quote the file, is not printed.
 
 mod pages;
 
 use std::{
+    cell::Cell,
     collections::VecDeque,
     fs::File,
     io,
-    panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, atomic::AtomicU64},
+    panic::{self, AssertUnwindSafe, catch_unwind},
+    sync::{Arc, Once, atomic::AtomicU64},
 };
 
 use parquet::{
@@ -152,9 +154,32 @@ fn column(file: &SerializedFileReader<Counted>, key: &str) -> Result<usize, Rows
     Ok(index)
 }
 
+thread_local! {
+    /// Whether this thread is in the library, so that a panic may quote what is read.
+    static READING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// From now on, of a panic in the library only its place is printed; others are told as before.
+fn hide_messages() {
+    let others = panic::take_hook();
+    panic::set_hook(Box::new(move |info| {
+        if READING.get() {
+            let place = info.location().map(ToString::to_string).unwrap_or_default();
+            eprintln!("reading a .parquet file failed at {place}: its rest is skipped");
+        } else {
+            others(info);
+        }
+    }));
+}
+
 /// Turns the library's errors and panics into errors in our words.
 fn guarded<T>(read: impl FnOnce() -> Result<T, ParquetError>) -> io::Result<T> {
-    let error = match catch_unwind(AssertUnwindSafe(read)) {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(hide_messages);
+    let before = READING.replace(true);
+    let result = catch_unwind(AssertUnwindSafe(read));
+    READING.set(before);
+    let error = match result {
         Ok(Ok(read)) => return Ok(read),
         Ok(Err(ParquetError::External(error))) => own_words(error),
         _ => RowsError::Damaged,

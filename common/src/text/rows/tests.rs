@@ -1,8 +1,16 @@
 //! Tests of `.parquet` files, through the reader of all files.
 
+use std::{
+    panic::{catch_unwind, set_hook, take_hook},
+    sync::Mutex,
+};
+
 use proptest::prelude::*;
 
-use super::super::documents::tests::{check, read_bounded};
+use super::{
+    super::documents::tests::{check, read_bounded},
+    guarded, hide_messages,
+};
 
 /// A file with one text column, in row groups of three rows.
 fn parquet(schema: &str, rows: &[Option<&str>], compression: parquet::basic::Compression) -> Vec<u8> {
@@ -128,6 +136,24 @@ fn no_content_is_quoted() {
             assert!(faults.iter().all(|fault| !fault.contains("secret")), "{at}: {faults:?}");
         }
     }
+}
+
+#[test]
+fn a_panic_of_the_library_is_an_error_and_its_message_is_not_told() {
+    static TOLD: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    // The hook is there from here on, whatever other tests do.
+    guarded(|| Ok(())).unwrap();
+    let before = take_hook();
+    set_hook(Box::new(move |info| {
+        TOLD.lock().unwrap().push(info.to_string());
+        before(info);
+    }));
+    hide_messages();
+    let error = guarded::<()>(|| panic!("words of the file")).unwrap_err();
+    assert_eq!(error.to_string(), "not a whole parquet file");
+    assert!(catch_unwind(|| panic!("another's")).is_err());
+    let told = TOLD.lock().unwrap().join("\n");
+    assert!(told.contains("another's") && !told.contains("words of the file"), "{told}");
 }
 
 proptest! {
