@@ -3,7 +3,8 @@
 //! The next batch is read while the current one is parsed, hashed and encoded on all cores; documents are
 //! written in the order of the sources, so the shards are the same bytes whatever the number of threads.
 //! Memory is two batches (each [`BATCH_BYTES`] and one piece more) with their tokens, and 10 to 21 bytes for
-//! every distinct document (half as much again while the table of their digests grows).
+//! every distinct document (half as much again while the table of their digests grows). Rows of `.parquet` files keep
+//! the pages that they lie in besides, and the file being read its dictionary: half a gigabyte each at most.
 
 mod pass;
 

@@ -3,7 +3,9 @@
 //! A `.txt` file is a document; so is every line of a `.jsonl` file, `{"text": "..."}` (other fields are allowed,
 //! and the source may name another for the text), and every row of a `.parquet` file.
 //!
-//! Files stream: never more than [`PIECE_BYTES_MAX`] of one is held; a longer `.txt` file comes in several pieces.
+//! Files stream: never more than [`PIECE_BYTES_MAX`] of one is held; a longer `.txt` file comes in several pieces. Of a
+//! `.parquet` file whole pages are held, for as long as a row of theirs is, and a dictionary: each may have
+//! [`PAGE_PIECES_MAX`] times as much.
 //! Nothing that a file contains is fatal: what cannot be used comes out as a fault with its place. A `.txt` file
 //! (or, where it is longer than a piece, that piece) with a fault is skipped whole; of a damaged `.jsonl` or
 //! `.parquet` file the good lines and rows are kept.
