@@ -133,6 +133,8 @@ pub fn generate_from_checkpoint(
 /// Tokens that are held back at most. A character has four bytes at most, each of which may be a token: where more
 /// are held back, the model writes what is no text.
 const HELD_BACK_MAX: usize = 32;
+/// Tokens that stay held back then: a character may have begun in them.
+const BEGUN_MAX: usize = 3;
 
 /// Generated tokens as text that grows, each decoded a few times however long the text is. A character may take
 /// several tokens: until it is whole, decoding ends in a replacement character, and nothing new is shown.
@@ -155,15 +157,21 @@ impl<'a> Shown<'a> {
     /// The new text.
     fn push(&mut self, token: i64) -> Result<String, DataError> {
         self.tokens.extend(u32::try_from(token)); // the model's tokens are rows of its embedding
-        let text = self.tokenizer.decode(&self.tokens)?;
+        let mut text = self.tokenizer.decode(&self.tokens)?;
+        let mut known = self.tokens.len();
         let is_whole = text.len() > self.bytes && !text.ends_with(char::REPLACEMENT_CHARACTER);
-        if !is_whole && self.tokens.len() - self.shown < HELD_BACK_MAX {
-            return Ok(String::new());
+        if !is_whole {
+            if known - self.shown < HELD_BACK_MAX {
+                return Ok(String::new());
+            }
+            // One that began before would be whole by now.
+            known -= BEGUN_MAX;
+            text = self.tokenizer.decode(&self.tokens[..known])?;
         }
         let new = self.behind_what_was_shown(&text);
         self.tokens.drain(..self.shown);
-        self.shown = self.tokens.len();
-        self.bytes = self.tokenizer.decode(&self.tokens)?.len();
+        self.shown = known - self.shown;
+        self.bytes = self.tokenizer.decode(&self.tokens[..self.shown])?.len();
         Ok(new)
     }
 
@@ -307,6 +315,18 @@ mod tests {
     fn what_is_no_text_is_not_held_back_for_ever() {
         check_shown(&Tokenizer::byte(), &[0x80; 100]);
         check_shown(&words_and_bytes(), &[7; 100]);
+    }
+
+    #[test]
+    fn a_character_behind_what_is_no_text_is_not_cut() {
+        for noise in 25..=35 {
+            for character in ["\u{e9}", "\u{20ac}", "\u{1f600}"] {
+                let bytes = format!("{character}AA").into_bytes();
+                let tokens: Vec<u32> = std::iter::repeat_n(0x80, noise).chain(bytes).map(u32::from).collect();
+                check_shown(&Tokenizer::byte(), &tokens);
+                assert!(Tokenizer::byte().decode(&tokens).unwrap().ends_with(&format!("{character}AA")));
+            }
+        }
     }
 
     #[test]
