@@ -210,7 +210,8 @@ async fn tokenise(
     let dataset = preparing.await.map_err(|error| WorkError::Internal(error.to_string()))??;
     for stats in &dataset.stats.sources {
         info!(
-            "text of {:?}: {} files, {} documents, {} tokens to train on, {} held out",
+            "text of {:?}: {} files, {} documents (counted on each side of the split), {} tokens to train on, {} \
+             held out",
             stats.name,
             stats.files,
             stats.documents(),

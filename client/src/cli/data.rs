@@ -223,7 +223,7 @@ fn source_text(name: &str, source: &SourceStats) -> String {
     let mut lines = vec![
         format!("{name}: {} files, {}", source.files, units::bytes(source.file_bytes)),
         format!(
-            "  documents            {} ({} to train on, {} held out)",
+            "  documents            {}, counted on each side of the split ({} to train on, {} held out)",
             of_all.documents, train.documents, held_out.documents
         ),
         format!(
