@@ -1,6 +1,11 @@
 //! `consort tokenizer`: a tokenizer for a run, made from samples of text on this machine.
 
-use std::{cell::RefCell, path::PathBuf, time::Duration};
+use std::{
+    cell::RefCell,
+    io::{IsTerminal, stderr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use clap::{Args, Subcommand};
 use consort_common::{
@@ -60,11 +65,19 @@ pub fn run(context: &Context, command: TokenizerCommand) -> Result<(), Failure> 
     let sample_bytes_max = sample_megabytes.saturating_mul(MEGABYTE);
     let request = TokenizerRequest { sources: data, text_key, vocabulary, sample_bytes_max };
     let bar = RefCell::new(progress_bar(0));
+    let tell = |phase: &str| {
+        // On a terminal the bar and the spinner show it.
+        if !stderr().is_terminal() {
+            eprintln!("{phase}");
+        }
+    };
+    tell("reading the text");
     let read = |read, total| {
         bar.borrow().set_length(total);
         bar.borrow().set_position(read);
     };
     let learning = || {
+        tell("learning tokens");
         bar.borrow().finish_and_clear();
         let spinner = ProgressBar::new_spinner().with_message("learning tokens");
         spinner.enable_steady_tick(TURN);
