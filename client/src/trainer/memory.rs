@@ -13,7 +13,9 @@ const FLOAT: u64 = 4;
 /// micro-batch keeps for its backward pass, the masks of attention included. An estimate, for a check before a
 /// run: on the CPU, models of 0.8 to 13 million parameters with 2,048 and 8,192 tokens took between 0.9 and 1.2
 /// of it, beside the 0.1 GB that libtorch itself takes; LLaMA and MPT with sequences of 2,048, with documents apart and
-/// not, between 1.2 and 1.3.
+/// not, between 1.2 and 1.3. For a GPU it is the same sketch, of which nothing was measured: there, in fp32 or with a
+/// mask, keys and values that serve a group of heads are repeated for each of its heads, up to 2 x heads x head width
+/// floats per token and block that are not counted.
 pub fn memory_bytes_needed(architecture: &Architecture, training: &TrainingSpec) -> u64 {
     let state = 4 * architecture.manifest().parameters();
     // Per token: inputs and outputs of norms, projections, attention and residual sums, and the wide ones of
