@@ -422,9 +422,10 @@ impl World {
         };
         let is_round_end = reduced(after).is_some() && reduced(after) != reduced(before);
         for (site, behind) in &after.behind {
-            // With deltas enough for its buffer a round can take a site in and end in one step.
+            // A round can take a site in and end in one step: with deltas enough for its buffer, or when a run goes
+            // on past its deadline.
             let key = (behind.round, site.clone());
-            if is_round_end && self.terms.buffer > 0 && Some(behind.round) == reduced(after) {
+            if is_round_end && Some(behind.round) == reduced(after) {
                 self.assigned.entry(key).or_insert(behind.steps);
             }
             assert!(self.assigned.contains_key(&(behind.round, site.clone())), "{site} was put to work");
