@@ -291,7 +291,7 @@ impl World {
         if let Phase::Training(training) = &after.phase {
             if !matches!(&before.phase, Phase::Training(_)) {
                 assert_eq!(training.round, before.version.max(after.version) + 1);
-                assert!(training.wanted >= self.terms.quorum.max(1) || self.terms.buffer > 0);
+                assert!(training.wanted >= self.terms.least());
                 let is_free = |site: &&SiteName| !after.behind.contains_key(*site);
                 let ready = self.run.ready().keys().filter(is_free).count();
                 let most = if self.terms.per_round == 0 {
@@ -406,7 +406,7 @@ impl World {
         assert_eq!(names.len(), self.contributions_of(record.round).count(), "what was recorded is counted");
         let fresh = record.contributions.iter().filter(|one| one.contribution.age == 0).count();
         let counting = if self.terms.buffer > 0 { names.len() } else { fresh };
-        assert!(counting >= self.terms.quorum.max(self.terms.buffer).max(1), "no round without its quorum");
+        assert!(counting >= self.terms.least(), "no round without its quorum, or the minimum");
         self.tally.buffers += u64::from(self.terms.buffer > 0);
         self.tally.commits += 1;
         self.tally.retried += u64::from(record.attempts > 1);
@@ -455,7 +455,7 @@ impl World {
                 _ => false,
             };
             let free = self.run.ready().keys().filter(|site| !before.behind.contains_key(*site)).count();
-            let is_short = free < self.terms.quorum.max(1);
+            let is_short = free < self.terms.least();
             let has_reduced = matches!(&before.phase, Phase::Reducing(_));
             assert!(
                 self.terms.buffer == 0 && (is_overdue || is_short && (has_begun || has_reduced)),

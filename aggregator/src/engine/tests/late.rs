@@ -221,3 +221,21 @@ fn a_site_with_a_spoilt_delta_is_left_out_of_a_buffer() {
     world.ok(Event::ReduceFailed { round: 1, reason: "damaged".into(), spoilt });
     assert_eq!(world.reducing(), Some(vec!["b"]));
 }
+
+#[test]
+fn where_the_quorum_is_left_open_a_round_takes_the_minimum_of_free_sites() {
+    let adjust = |spec: &mut RunSpec| {
+        participate(spec, (3, 3, 0, 0));
+        spec.rounds = 3;
+        spec.participation.over_selection = 1;
+        spec.participation.staleness_max = 3;
+    };
+    let mut world = World::new(adjust, &["a", "b", "c"]);
+    world.ready(&["d"]);
+    world.deliver_all(&["a", "b", "c"], 1);
+    assert_eq!(world.reducing(), Some(vec!["a", "b", "c"]));
+    world.gone(&["a"]);
+    world.reduce(1);
+    assert_eq!(world.working(), ["b", "c", "d"], "d is not left to its old round");
+    assert_eq!(world.round_of("d"), 2);
+}
