@@ -1,6 +1,6 @@
 //! The transitions that events make: each is checked whole, then applied.
 
-use std::mem;
+use std::{collections::BTreeSet, mem};
 
 use consort_common::{
     ids::SiteName,
@@ -165,7 +165,7 @@ impl Turn<'_> {
         state.phase = Phase::Done;
         state.behind.clear();
         state.late.clear();
-        self.effects.push(Effect::DiscardSpool { round });
+        self.effects.push(Effect::DiscardSpool { round, keep: BTreeSet::new() });
         self.say(format!("the run was aborted: {reason}"));
         Ok(())
     }
@@ -285,7 +285,7 @@ impl Turn<'_> {
             words::count(contributors, "delta", "deltas")
         };
         self.effects.push(Effect::Commit(record));
-        self.effects.push(Effect::DiscardSpool { round: self.run.state.spent_round() });
+        self.effects.push(self.run.state.discard());
         self.publish(round);
         self.say(format!("round {round} is committed: {deltas}{late}, training loss {loss:.4}"));
         Ok(())

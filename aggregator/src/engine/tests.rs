@@ -190,7 +190,7 @@ fn a_run_goes_through_its_rounds_and_its_last_evaluation() {
     assert_eq!(world.words(), "reduction of round 1");
     let effects = world.reduce(1);
     assert!(effects.contains(&Effect::Publish { version: 1 }));
-    assert!(effects.contains(&Effect::DiscardSpool { round: 1 }));
+    assert!(effects.contains(&Effect::DiscardSpool { round: 1, keep: BTreeSet::new() }));
     let train = Instruction::Train {
         round: 2,
         first_step: 4,
@@ -573,10 +573,11 @@ fn operators_actions_that_do_not_fit_are_refused() {
 fn an_aborted_run_takes_nothing_and_discards_its_spool() {
     let mut world = World::with((1, 0, 0, 0), &["a"]);
     let effects = world.ok(Event::Abort { reason: "x".repeat(10_000) });
-    assert!(effects.contains(&Effect::DiscardSpool { round: 1 }));
+    assert!(effects.contains(&Effect::DiscardSpool { round: 1, keep: BTreeSet::new() }));
     assert!(matches!(world.deliver("a", 1), Err(Rejection::NotRunning { .. })));
     assert_eq!(world.words().len(), "nothing: the run was aborted ()".len() + REASON_CHARACTERS_MAX);
-    let resumed = vec![Effect::DiscardSpool { round: u32::MAX }, Effect::InstructionsChanged];
+    let resumed =
+        vec![Effect::DiscardSpool { round: u32::MAX, keep: BTreeSet::new() }, Effect::InstructionsChanged];
     assert_eq!(world.restart(), resumed);
 }
 
@@ -673,7 +674,7 @@ fn a_restart_performs_again_what_may_not_have_been_done() {
     let effects = world.restart();
     assert!(reduce_effect(&effects).is_none());
     assert!(effects.contains(&Effect::Publish { version: 1 }));
-    assert!(effects.contains(&Effect::DiscardSpool { round: 1 }));
+    assert!(effects.contains(&Effect::DiscardSpool { round: 1, keep: BTreeSet::new() }));
     world.ok(Event::Published { version: 1 });
     assert!(!world.restart().contains(&Effect::Publish { version: 1 }));
 }

@@ -157,15 +157,15 @@ impl World {
                 assert!(version <= self.state().version && self.plan.publishes(version));
                 self.publications.push(version);
             }
-            Effect::DiscardSpool { round } => {
+            Effect::DiscardSpool { round, keep } => {
                 let is_aborted = matches!(self.state().status, RunStatus::Aborted { .. });
                 let is_needed = |key: &(u32, SiteName), one: &Contribution| {
-                    key.0 <= round && key.0 + one.age > self.state().version
+                    key.0 <= round && !keep.contains(&key.0) && key.0 + one.age > self.state().version
                 };
                 let is_any_needed = self.contributions.iter().any(|(key, one)| is_needed(key, one));
                 assert!(is_aborted || round <= self.state().version, "only spent deltas are deleted");
                 assert!(is_aborted || !is_any_needed, "no delta is deleted that is to be averaged");
-                self.spool.retain(|(spooled, _)| *spooled > round);
+                self.spool.retain(|(spooled, _)| *spooled > round || keep.contains(spooled));
             }
             Effect::InstructionsChanged | Effect::Duplicate { .. } => {}
             record => panic!("{record:?} belongs into the transaction"),

@@ -50,9 +50,10 @@ impl World {
     }
 }
 
-fn discarded(effects: &[Effect]) -> Option<u32> {
+/// Up to which round deltas are deleted, and of which rounds before they are not.
+fn discarded(effects: &[Effect]) -> Option<(u32, Vec<u32>)> {
     effects.iter().find_map(|effect| match effect {
-        Effect::DiscardSpool { round } => Some(*round),
+        Effect::DiscardSpool { round, keep } => Some((*round, keep.iter().copied().collect())),
         _ => None,
     })
 }
@@ -70,12 +71,13 @@ fn without_a_staleness_a_late_delta_is_dropped() {
 fn a_late_delta_counts_in_the_next_round_with_less_weight_also_after_a_restart() {
     let mut world = with_late(1, 3);
     let effects = world.round_without_slow(1);
-    assert_eq!(discarded(&effects), Some(0), "the late delta may be on its way");
+    let late_to_come = Some((1, vec![1]));
+    assert_eq!(discarded(&effects), late_to_come, "the late delta may be on its way");
     assert_eq!((world.round_of("fast"), world.round_of("slow")), (2, 1));
     assert_eq!(world.run.participation(&site("slow")), Participation::Behind);
     assert_eq!(world.working(), ["fast"], "it takes part in no other round");
     assert!(world.words().contains("at work on an earlier round: slow"), "{}", world.words());
-    assert_eq!(discarded(&world.restart()), None);
+    assert_eq!(discarded(&world.restart()), late_to_come);
     world.ready(&["fast", "slow"]);
     let effects = world.deliver("slow", 1).unwrap();
     let recorded = effects.iter().find_map(|effect| match effect {
@@ -94,10 +96,22 @@ fn a_late_delta_counts_in_the_next_round_with_less_weight_also_after_a_restart()
         panic!("{:?}", world.averaged())
     };
     assert!((first - (1.0 - late)).abs() < 1e-15 && (second - late).abs() < 1e-15);
-    assert_eq!(discarded(&world.restart()), None, "both are needed");
-    assert_eq!(discarded(&world.reduce(2)), Some(2));
+    assert_eq!(discarded(&world.restart()), Some((1, vec![1])), "both are needed");
+    assert_eq!(discarded(&world.reduce(2)), Some((2, vec![])));
     world.ready(&["fast", "slow"]);
     assert_eq!((world.round_of("fast"), world.round_of("slow")), (3, 3));
+}
+
+#[test]
+fn a_site_that_is_behind_keeps_no_deltas_of_other_rounds_and_none_once_it_is_given_up() {
+    let mut world = with_late(3, 6);
+    world.round_without_slow(1);
+    for round in 2..=3 {
+        world.deliver("fast", round).unwrap();
+        assert_eq!(discarded(&world.reduce(round)), Some((round, vec![1])));
+    }
+    let effects = world.deliver("fast", 4).unwrap();
+    assert_eq!(discarded(&effects), Some((3, vec![])), "its delta would be 4 rounds late");
 }
 
 #[test]
