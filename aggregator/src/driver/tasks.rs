@@ -42,7 +42,7 @@ impl Driver {
                 Err(error) => {
                     tracing::error!(run = %material.name, round, %error, "the reduction failed");
                     let spoilt = match &error {
-                        DriverError::Reduce(error) => error.spoilt().cloned(),
+                        DriverError::Reduce(error) => error.spoilt().map(|key| (key.site.clone(), key.round)),
                         _ => None,
                     };
                     Event::ReduceFailed { round, reason: error.to_string(), spoilt }
@@ -253,9 +253,9 @@ impl Driver {
         checkpoints.join(run.as_str()).join(format!("version-{version:06}"))
     }
 
-    /// Deletes spooled chunks of rounds up to `round` but those of `rounds_to_keep`, and model versions that nobody needs any more: the
-    /// newest is the base of the round in progress, the one before may still be on its way to a site, and sites
-    /// that are behind may ask again for what they train from.
+    /// Deletes spooled chunks of rounds up to `round` but those of `rounds_to_keep`, and model versions that nobody
+    /// needs any more: the newest is the base of the round in progress, the one before may still be on its way to a
+    /// site, and sites that are behind may ask again for what they train from.
     pub(super) fn begin_discard(
         self: &Arc<Self>,
         material: &Arc<RunMaterial>,

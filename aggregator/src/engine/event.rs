@@ -55,8 +55,8 @@ pub enum Event {
         round: u32,
         /// Why, in words.
         reason: String,
-        /// The site whose delta is spoilt for good, if that is why.
-        spoilt: Option<SiteName>,
+        /// Whose delta is spoilt for good, and of which round, if that is why.
+        spoilt: Option<(SiteName, u32)>,
     },
     /// A version's checkpoint is complete.
     Published {

@@ -128,6 +128,11 @@ impl Plan {
         }
     }
 
+    /// Fewest deltas that the rule of aggregation takes.
+    pub fn deltas_min(&self) -> u64 {
+        self.spec.outer.aggregation.deltas_min()
+    }
+
     /// How the sites of a round are drawn.
     pub fn sampling(&self) -> Sampling {
         self.spec.participation.sampling

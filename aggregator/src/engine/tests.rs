@@ -603,11 +603,9 @@ fn a_failed_reduction_is_tried_again_after_a_while() {
 /// Two of three deltas turn out to be spoilt, one after the other.
 fn check_spoilt(participation: (u32, u32, u32, u64), averaged: &[&[&str]]) {
     let mut world = World::with(participation, &["a", "b", "c"]);
-    for site in ["a", "b", "c"] {
-        world.deliver(site, 1).unwrap();
-    }
+    world.deliver_all(&["a", "b", "c"], 1);
     for (spoilt, expected) in ["b", "c"].into_iter().zip(averaged) {
-        let spoilt = Some(spoilt.parse().unwrap());
+        let spoilt = Some((site(spoilt), 1));
         world.ok(Event::ReduceFailed { round: 1, reason: "damaged".into(), spoilt });
         let pause_ms = world.run.next_timer().unwrap() - world.now;
         let effects = world.wait(pause_ms);
@@ -635,8 +633,8 @@ fn a_spoilt_delta_is_left_out_while_the_others_are_a_quorum() {
 fn a_site_that_is_not_in_the_round_cannot_be_left_out() {
     let mut world = World::with((1, 0, 0, 0), &["a"]);
     world.deliver("a", 1).unwrap();
-    for site in ["a", "z"] {
-        let spoilt = Some(site.parse().unwrap());
+    for spoilt in [("a", 1), ("a", 2), ("z", 1)] {
+        let spoilt = Some((site(spoilt.0), spoilt.1));
         world.ok(Event::ReduceFailed { round: 1, reason: "damaged".into(), spoilt });
         let pause_ms = world.run.next_timer().unwrap() - world.now;
         let effects = world.wait(pause_ms);

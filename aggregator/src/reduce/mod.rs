@@ -34,7 +34,7 @@ mod tensors;
 
 use consort_common::{
     codec::{DecodeError, Encoding},
-    ids::{Digest, SiteName},
+    ids::Digest,
     spec::{Aggregation, OuterOptimizer},
 };
 use rayon::prelude::*;
@@ -127,11 +127,11 @@ pub enum ReduceError {
 }
 
 impl ReduceError {
-    /// The site whose delta is spoilt for good, if that is why: the round could be reduced without it.
-    pub fn spoilt(&self) -> Option<&SiteName> {
+    /// The delta that is spoilt for good, if that is why: the round could be reduced without it.
+    pub fn spoilt(&self) -> Option<&ContributionKey> {
         match self {
-            Self::OtherDelta { key, .. } => Some(&key.site),
-            Self::Damaged { key, source, .. } => source.is_lasting().then_some(&key.site),
+            Self::OtherDelta { key, .. } => Some(key.as_ref()),
+            Self::Damaged { key, source, .. } => source.is_lasting().then_some(key.as_ref()),
             Self::NoContributions { .. }
             | Self::TooFew { .. }
             | Self::Unfit { .. }

@@ -1,5 +1,7 @@
 //! Deltas that come after their round has ended, and rounds that wait for a number of deltas only.
 
+use consort_common::spec::Aggregation;
+
 use super::*;
 
 /// Two sites, of which a round needs one at its deadline of 10 s; deltas may be so many rounds late.
@@ -231,9 +233,51 @@ fn a_site_that_joins_is_put_to_work_at_once_and_one_that_is_too_far_behind_anew(
 fn a_site_with_a_spoilt_delta_is_left_out_of_a_buffer() {
     let mut world = buffered(2, 1, &["a", "b"]);
     world.deliver_all(&["a", "b"], 1);
-    let spoilt = Some(site("a"));
+    let spoilt = Some((site("a"), 1));
     world.ok(Event::ReduceFailed { round: 1, reason: "damaged".into(), spoilt });
     assert_eq!(world.reducing(), Some(vec!["b"]));
+}
+
+/// A buffer of three: late and new deltas of a, and a new one of b.
+#[test]
+fn of_two_deltas_of_a_site_only_the_spoilt_one_is_left_out_and_never_so_many_that_the_rule_cannot_go_on() {
+    for (aggregation, averaged) in [
+        (Aggregation::default(), vec![("a", 1), ("b", 0)]),
+        (Aggregation::Median {}, vec![("a", 1), ("a", 0), ("b", 0)]),
+    ] {
+        let adjust = |spec: &mut RunSpec| {
+            spec.rounds = 6;
+            spec.outer.aggregation = aggregation.clone();
+            spec.participation.minimum_clients = 4;
+            spec.participation.buffer = 3;
+            spec.participation.staleness_max = 3;
+        };
+        let mut world = World::new(adjust, &["a", "b", "c", "d"]);
+        world.deliver_all(&["b", "c", "d"], 1);
+        world.reduce(1);
+        world.deliver("a", 1).unwrap();
+        world.deliver_all(&["a", "b"], 2);
+        assert_eq!(world.reducing(), Some(vec!["a", "a", "b"]));
+        let spoilt = Some((site("a"), 2));
+        world.ok(Event::ReduceFailed { round: 2, reason: "damaged".into(), spoilt });
+        let Phase::Reducing(reducing) = &world.run.state().phase else { panic!("not reducing") };
+        let found: Vec<_> = reducing.contributions.iter().map(|one| (one.site.as_str(), one.age)).collect();
+        assert_eq!(found, averaged);
+    }
+}
+
+#[test]
+fn late_deltas_make_no_quorum_of_what_a_spoilt_one_leaves() {
+    let mut world = with_late(1, 3);
+    world.round_without_slow(1);
+    world.deliver("slow", 1).unwrap();
+    world.deliver("fast", 2).unwrap();
+    assert_eq!(world.reducing(), Some(vec!["fast", "slow"]));
+    for (spoilt, averaged) in [(("fast", 2), vec!["fast", "slow"]), (("slow", 1), vec!["fast"])] {
+        let spoilt = Some((site(spoilt.0), spoilt.1));
+        world.ok(Event::ReduceFailed { round: 2, reason: "damaged".into(), spoilt });
+        assert_eq!(world.reducing(), Some(averaged));
+    }
 }
 
 #[test]
