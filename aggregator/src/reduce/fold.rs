@@ -98,7 +98,9 @@ impl RoundFold {
         shares.sort_by(|a, b| a.delta.key().cmp(b.delta.key()));
         check(&shares, &base)?;
         let Judgement { shares: folded, combination, treatments, left_out } =
-            Judgement::new(&shares, aggregation, |distances| survey(&shares, &base, distances))?;
+            Judgement::new(base.version() + 1, &shares, aggregation, |distances| {
+                survey(&shares, &base, distances)
+            })?;
         let (momentum, second_moment) =
             (has_momentum(&optimizer), initial_second_moment(&optimizer).is_some());
         let layout = ModelLayout { momentum, second_moment, ..base.layout() };

@@ -86,7 +86,7 @@ pub enum ReduceError {
         reason: String,
     },
     /// A contribution's chunk is missing, damaged or unreadable.
-    #[error("round {} cannot be reduced with {}'s delta: {source}", key.round, key.site)]
+    #[error("{key} cannot be averaged: {source}")]
     Damaged {
         /// The contribution.
         key: Box<ContributionKey>,
@@ -96,7 +96,7 @@ pub enum ReduceError {
         source: ChunkFault,
     },
     /// What is spooled is not the delta that was accepted.
-    #[error("round {} cannot be reduced with {}'s delta: {accepted} was accepted, but the spool holds {found}", key.round, key.site)]
+    #[error("{key} cannot be averaged: {accepted} was accepted, but the spool holds {found}")]
     OtherDelta {
         /// The contribution.
         key: Box<ContributionKey>,

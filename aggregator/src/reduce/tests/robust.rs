@@ -193,9 +193,13 @@ fn a_delta_that_was_left_out_must_still_be_the_accepted_one() {
 #[test]
 fn krum_refuses_fewer_deltas_than_it_is_defined_for() {
     let fixture = fixture(&KRUM, 10, 10, Encoding::Fp32);
-    let contributions = deliver(&fixture, &one_hostile(4, 10));
-    let error = fixture.reduce(0, &contributions).unwrap_err();
+    let contributions = deliver(&fixture, &one_hostile(5, 10));
+    let error = fixture.reduce(0, &contributions[..4]).unwrap_err();
     assert!(matches!(error, ReduceError::TooFew { round: 1, deltas: 4, needed: 5, .. }), "{error}");
+    fixture.reduce(0, &contributions).unwrap();
+    // In the next round they are all late.
+    let error = fixture.reduce(1, &contributions[..4]).unwrap_err();
+    assert!(matches!(error, ReduceError::TooFew { round: 2, deltas: 4, needed: 5, .. }), "{error}");
 }
 
 #[test]
