@@ -297,7 +297,8 @@ fn check_delta(
 fn survey(shares: &[Share], base: &ModelVersion, distances: bool) -> Result<Survey, ReduceError> {
     let plan = base.layout().fragment(base.version() + 1).plan();
     let tile_parameters = tile_parameters(shares.iter().map(Share::encoding));
-    let bytes = Gather::bytes(shares, plan.chunk_parameters() as usize, tile_parameters);
+    let bytes = Gather::bytes(shares, plan.chunk_parameters() as usize, tile_parameters)
+        + Survey::bytes(shares.len(), distances);
     Survey::of(shares, plan, tile_parameters, distances, workers(bytes))
 }
 

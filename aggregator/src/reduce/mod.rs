@@ -10,11 +10,12 @@
 //! | `statistics`, `tensors` | what is recorded of a round beside its model |
 //! | `initial` | version 0 |
 //!
-//! Memory is O(cores x chunk): see `fold`, and `gather` for rules that compare deltas. The result is a function of
-//! the base version, the set of weighted deltas, the rule of aggregation and the outer optimizer: bit-identical
-//! whatever the order in which deltas arrived, the number of threads and the chunk size. Norms alone may differ in
-//! their last digits between chunk sizes, since they are added chunk by chunk, and with them what they clip; and
-//! where the model is sent in an encoding that looks at blocks of values, its last block is that of each chunk.
+//! Memory is O(cores x chunk): see `fold`, and for rules that compare deltas `gather`, and `survey` for what Krum takes
+//! besides. The result is a function of the base version, the set of weighted deltas, the rule of aggregation and the
+//! outer optimizer: bit-identical whatever the order in which deltas arrived, the number of threads and the chunk
+//! size. Norms alone may differ in their last digits between chunk sizes, since they are added chunk by chunk, and
+//! with them what they clip; and where the model is sent in an encoding that looks at blocks of values, its last block
+//! is that of each chunk.
 //!
 //! Reduction writes a version's files and nothing else: the driver commits it in the database, later.
 //! Blocks for as long as it takes: async callers use `spawn_blocking`.
