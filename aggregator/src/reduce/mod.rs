@@ -186,7 +186,7 @@ pub struct WeightedContribution {
 /// does.
 #[derive(Debug)]
 pub struct ReduceInputs<'a> {
-    /// What is averaged, in any order: the canonical order is by site.
+    /// What is averaged, in any order: the canonical order is by site, then by round.
     pub contributions: Vec<WeightedContribution>,
     /// The version that the sites trained from.
     pub base: ModelVersion,
