@@ -15,7 +15,7 @@ mod layout;
 mod objects;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -201,17 +201,23 @@ impl Spool {
         }
     }
 
-    /// Forgets the deltas of all rounds of a run up to `round`, which included.
-    pub fn discard_rounds_through(&self, run: &RunName, round: u32) -> Result<(), SpoolError> {
+    /// Forgets the deltas of all rounds of a run up to `round`, which included, but for those of `keep`.
+    pub fn discard_rounds_through(
+        &self,
+        run: &RunName,
+        round: u32,
+        keep: &BTreeSet<u32>,
+    ) -> Result<(), SpoolError> {
+        let is_spent = |spooled: u32| spooled <= round && !keep.contains(&spooled);
         match &self.deltas {
             Deltas::Directory(directory) => directory
                 .rounds(run)?
                 .into_iter()
-                .filter(|spooled| *spooled <= round)
+                .filter(|spooled| is_spent(*spooled))
                 .try_for_each(|spooled| self.discard_round(run, spooled)),
             Deltas::Objects(objects) => {
-                self.close(|key| key.run == *run && key.round <= round);
-                objects.remove(run, |key| key.round <= round)
+                self.close(|key| key.run == *run && is_spent(key.round));
+                objects.remove(run, |key| is_spent(key.round))
             }
         }
     }

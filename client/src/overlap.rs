@@ -3,6 +3,10 @@
 //! the first steps of the next round, `overlap` of them (the paper's tau), neither more nor fewer; then it mixes
 //! the fragment in, waiting for it if need be. So the bits of a round depend on no network.
 //!
+//! A site that has not trained in the round before begins with the global model. One that has goes on from its own,
+//! also if its delta was refused because it came too late: what it sends later of its other fragments has that
+//! round's steps in it.
+//!
 //! What the fragment was last made of, which its next delta is the difference from, needs no copy: it is what the
 //! global model has, since nobody changes a fragment between its rounds.
 //!
@@ -102,7 +106,7 @@ pub struct Ahead {
 
 impl Ahead {
     /// Takes the first steps of the round, as far as they are not taken; false if there is nothing to go on from:
-    /// the site was not in the round before, or has lost its state.
+    /// the site has not trained in the round before, or has lost its state.
     ///
     /// # Errors
     /// A step failed, or they were cancelled; those taken stay taken.

@@ -245,27 +245,30 @@ fn names(federation: &TestFederation, round: u32) -> Vec<String> {
 /// Real daemons, which carry what their encoding drops and their optimizers' moments from one version to the next.
 #[test]
 fn in_the_buffered_mode_daemons_are_killed_and_join_and_the_model_learns() {
-    let mut federation = TestFederation::new(&["bank", "clinic", "lab"]);
+    let mut federation = TestFederation::new(&["bank", "clinic", "lab", "ward"]);
     federation.start_aggregator();
-    let spec = tiny_spec("pilot", 8, 2)
+    let spec = tiny_spec("pilot", 8, 3)
         .replace("local_steps = 8", "local_steps = 60")
-        .replace("minimum_clients = 2", "minimum_clients = 2\nbuffer = 2\nstaleness_max = 4")
+        .replace("minimum_clients = 3", "minimum_clients = 3\nbuffer = 2\nstaleness_max = 4")
         .replace("[wire]", "[wire]\ndelta_encoding = \"2bit\"");
     federation.start_run(&spec);
-    federation.start_client("bank");
-    federation.start_client("clinic");
+    for site in ["bank", "clinic", "lab"] {
+        federation.start_client(site);
+    }
     let version = |least: u64| move |run: &Value| run["version"].as_u64().filter(|version| *version >= least);
-    federation.wait_for_run("pilot", "the first versions", version(2));
+    // Of three, each is in one of the first three: who is not among the first two of a round is late in the next.
+    federation.wait_for_run("pilot", "the first versions", version(3));
     federation.kill_client("clinic");
+    federation.kill_client("lab");
     // A site counts at most once from each version: a buffer of two needs another one.
-    federation.start_client("lab");
-    federation.wait_for_run("pilot", "versions with the one that joined", version(5));
+    federation.start_client("ward");
+    federation.wait_for_run("pilot", "versions with the one that joined", version(7));
     federation.start_client("clinic");
     federation.wait_for_run("pilot", "the end", |run| (run["status"] == "finished").then_some(()));
     let took_part = |site: &str, rounds: std::ops::RangeInclusive<u32>| {
         rounds.into_iter().any(|round| names(&federation, round).iter().any(|name| name == site))
     };
-    assert!(took_part("clinic", 1..=2) && took_part("lab", 3..=8));
+    assert!(took_part("clinic", 1..=3) && took_part("ward", 4..=8));
     let rounds = federation.json(&["rounds", "list", "pilot"]);
     let loss = |index: usize| rounds["rounds"][index]["train_loss"].as_f64().expect("a round has a loss");
     assert!(loss(7) < 0.9 * loss(0), "{} at first, {} in the end", loss(0), loss(7));

@@ -393,7 +393,7 @@ impl Driver {
             match effect {
                 Effect::Reduce { round, contributions } => self.begin_reduce(&material, round, contributions),
                 Effect::Publish { version } => self.begin_publish(&material, version),
-                Effect::DiscardSpool { round } => self.begin_discard(&material, round),
+                Effect::DiscardSpool { round, keep } => self.begin_discard(&material, round, keep),
                 Effect::InstructionsChanged => self.push_instructions(core),
                 Effect::RecordContribution { .. }
                 | Effect::RecordEvaluation { .. }

@@ -1,7 +1,7 @@
 //! The effects that take time: reducing a round, publishing a checkpoint, discarding what is spent. Each
 //! runs beside the calls and comes back with an event.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 
 use consort_common::{
     checkpoint,
@@ -42,7 +42,7 @@ impl Driver {
                 Err(error) => {
                     tracing::error!(run = %material.name, round, %error, "the reduction failed");
                     let spoilt = match &error {
-                        DriverError::Reduce(error) => error.spoilt().cloned(),
+                        DriverError::Reduce(error) => error.spoilt().map(|key| (key.site.clone(), key.round)),
                         _ => None,
                     };
                     Event::ReduceFailed { round, reason: error.to_string(), spoilt }
@@ -253,10 +253,15 @@ impl Driver {
         checkpoints.join(run.as_str()).join(format!("version-{version:06}"))
     }
 
-    /// Deletes spooled chunks of rounds up to `round`, and model versions that nobody needs any more: the
-    /// newest is the base of the round in progress, the one before may still be on its way to a site, and sites
-    /// that are behind may ask again for what they train from.
-    pub(super) fn begin_discard(self: &Arc<Self>, material: &Arc<RunMaterial>, round: u32) {
+    /// Deletes spooled chunks of rounds up to `round` but those of `rounds_to_keep`, and model versions that nobody
+    /// needs any more: the newest is the base of the round in progress, the one before may still be on its way to a
+    /// site, and sites that are behind may ask again for what they train from.
+    pub(super) fn begin_discard(
+        self: &Arc<Self>,
+        material: &Arc<RunMaterial>,
+        round: u32,
+        rounds_to_keep: BTreeSet<u32>,
+    ) {
         let (driver, material) = (self.clone(), material.clone());
         self.tasks.spawn(async move {
             let keep: Vec<u32> = {
@@ -268,7 +273,7 @@ impl Driver {
             };
             let name = material.name.clone();
             let discarded = spawn_blocking(move || -> Result<(), DriverError> {
-                driver.spool.discard_rounds_through(&material.name, round)?;
+                driver.spool.discard_rounds_through(&material.name, round, &rounds_to_keep)?;
                 Ok(driver.models.retain(&material.name, &keep)?)
             });
             match discarded.await {

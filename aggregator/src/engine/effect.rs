@@ -1,5 +1,7 @@
 //! What the driver shall do after a step. Every effect is idempotent.
 
+use std::collections::BTreeSet;
+
 use consort_common::{ids::SiteName, units::UnixMs};
 
 use super::{
@@ -48,10 +50,12 @@ pub enum Effect {
         /// Which version.
         version: u32,
     },
-    /// Delete what is spooled for rounds up to and including `round`.
+    /// Delete what is spooled for rounds up to and including `round`, but for those of `keep`.
     DiscardSpool {
         /// The last of them.
         round: u32,
+        /// Rounds of which a delta is still to be averaged, or to come.
+        keep: BTreeSet<u32>,
     },
     /// Work out each connected site's instruction anew and push those that changed.
     InstructionsChanged,

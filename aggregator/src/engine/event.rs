@@ -55,8 +55,8 @@ pub enum Event {
         round: u32,
         /// Why, in words.
         reason: String,
-        /// The site whose delta is spoilt for good, if that is why.
-        spoilt: Option<SiteName>,
+        /// Whose delta is spoilt for good, and of which round, if that is why.
+        spoilt: Option<(SiteName, u32)>,
     },
     /// A version's checkpoint is complete.
     Published {
@@ -152,8 +152,8 @@ pub struct RoundStatistics {
     pub parameter_norm: f64,
     /// L2 norm of the outer optimizer's momentum after the round, where it has one.
     pub momentum_norm: Option<f64>,
-    /// Cosine of the angle between this round's update and the one before; none in the first round, and where one
-    /// of them is zero.
+    /// Cosine of the angle between this round's update and the one before; none in the first round, where one of
+    /// them is zero, and with several fragments.
     pub update_cosine: Option<f64>,
     /// Weighted mean of the squared distances of the deltas to their mean, as a multiple of the mean's squared
     /// norm, from the norms that the sites reported; none where the mean is zero, or the rule of aggregation is not

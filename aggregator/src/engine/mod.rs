@@ -67,7 +67,7 @@ mod simulation;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use consort_common::{ids::SiteName, units::UnixMs};
 
@@ -188,10 +188,10 @@ impl Run {
     pub fn resume_effects(&self, plan: &Plan) -> Vec<Effect> {
         let state = &self.state;
         let mut effects = Vec::new();
-        let spent_round =
-            if matches!(state.status, RunStatus::Aborted { .. }) { u32::MAX } else { state.spent_round() };
-        if spent_round > 0 {
-            effects.push(Effect::DiscardSpool { round: spent_round });
+        if matches!(state.status, RunStatus::Aborted { .. }) {
+            effects.push(Effect::DiscardSpool { round: u32::MAX, keep: BTreeSet::new() });
+        } else if state.version > 0 {
+            effects.push(state.discard());
         }
         effects.extend(state.unpublished.iter().map(|&version| Effect::Publish { version }));
         if let (RunStatus::Active, Phase::Reducing(reducing)) = (&state.status, &state.phase)

@@ -116,9 +116,21 @@ impl Plan {
         self.minimum_clients().max(self.spec.participation.quorum as usize)
     }
 
-    /// Ready sites not at work on an earlier round, without which no synchronous round begins.
+    /// Ready sites not at work on an earlier round, without which no synchronous round begins: the quorum or, where
+    /// the specification leaves it open, the minimum, but no more than a round selects.
     pub fn free_sites_to_begin(&self) -> usize {
-        if self.buffer().is_some() { 0 } else { self.spec.participation.quorum.max(1) as usize }
+        let participation = &self.spec.participation;
+        match (participation.quorum, participation.clients_per_round) {
+            _ if self.buffer().is_some() => 0,
+            (0, 0) => self.minimum_clients(),
+            (0, clients) => self.minimum_clients().min(clients as usize),
+            (quorum, _) => quorum as usize,
+        }
+    }
+
+    /// Fewest deltas that the rule of aggregation takes.
+    pub fn deltas_min(&self) -> u64 {
+        self.spec.outer.aggregation.deltas_min()
     }
 
     /// How the sites of a round are drawn.

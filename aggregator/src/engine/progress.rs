@@ -179,6 +179,7 @@ impl Turn<'_> {
             self.run.state.behind.extract_if(.., |_, behind| is_lost(behind)).map(|(site, _)| site).collect();
         if !lost.is_empty() {
             self.say(format!("late deltas are not waited for any longer: {}", words::names(&lost)));
+            self.effects.push(self.run.state.discard());
         }
     }
 

@@ -312,8 +312,9 @@ impl State {
         }
     }
 
-    /// The last round of whose deltas none is read any more.
-    pub fn spent_round(&self) -> u32 {
+    /// The effect that deletes the deltas of committed rounds but for those of which one is still to be averaged, or
+    /// to come. One that is performed late keeps more than it need.
+    pub(super) fn discard(&self) -> Effect {
         let reducing = match &self.phase {
             Phase::Reducing(reducing) => reducing.contributions.as_slice(),
             _ => &[],
@@ -321,8 +322,9 @@ impl State {
         let reduced = reducing.iter().map(|one| one.round(self.round()));
         let late = self.late.iter().map(|one| one.round(self.filling()));
         let behind = self.behind.values().map(|behind| behind.round);
-        let needed = reduced.chain(late).chain(behind).map(|round| round.saturating_sub(1));
-        needed.fold(self.version, u32::min)
+        let needed = reduced.chain(late).chain(behind);
+        let keep = needed.filter(|round| *round <= self.version).collect();
+        Effect::DiscardSpool { round: self.version, keep }
     }
 
     /// The versions that the sites that are behind train from.

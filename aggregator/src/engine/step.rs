@@ -1,6 +1,6 @@
 //! The transitions that events make: each is checked whole, then applied.
 
-use std::mem;
+use std::{collections::BTreeSet, mem};
 
 use consort_common::{
     ids::SiteName,
@@ -165,7 +165,7 @@ impl Turn<'_> {
         state.phase = Phase::Done;
         state.behind.clear();
         state.late.clear();
-        self.effects.push(Effect::DiscardSpool { round });
+        self.effects.push(Effect::DiscardSpool { round, keep: BTreeSet::new() });
         self.say(format!("the run was aborted: {reason}"));
         Ok(())
     }
@@ -285,7 +285,7 @@ impl Turn<'_> {
             words::count(contributors, "delta", "deltas")
         };
         self.effects.push(Effect::Commit(record));
-        self.effects.push(Effect::DiscardSpool { round: self.run.state.spent_round() });
+        self.effects.push(self.run.state.discard());
         self.publish(round);
         self.say(format!("round {round} is committed: {deltas}{late}, training loss {loss:.4}"));
         Ok(())
@@ -304,12 +304,12 @@ impl Turn<'_> {
     }
 
     /// Tries again after a pause; without the delta that is spoilt, as if its site had gone before it delivered,
-    /// where the others are a quorum.
+    /// where the others are a quorum, and enough for the rule of aggregation.
     fn reduce_failed(
         &mut self,
         round: u32,
         reason: &str,
-        spoilt: Option<&SiteName>,
+        spoilt: Option<&(SiteName, u32)>,
     ) -> Result<(), Rejection> {
         let current = self.run.state.round();
         let reducing = match &mut self.run.state.phase {
@@ -321,16 +321,27 @@ impl Turn<'_> {
             .min(REDUCE_RETRY_MS_MAX);
         reducing.failures = reducing.failures.saturating_add(1);
         reducing.retry_at_ms = Some(self.now.saturating_add(pause_ms));
-        let delivered = reducing.contributions.len();
-        let is_spoilt = |one: &Contribution| Some(&one.site) == spoilt;
-        let others = delivered - reducing.contributions.iter().filter(|one| is_spoilt(one)).count();
-        let leave_out = others < delivered && others >= self.plan.quorum(others, delivered);
+        let is_spoilt = |one: &Contribution| {
+            spoilt.is_some_and(|(site, trained)| one.site == *site && one.round(round) == *trained)
+        };
+        let counts_late = self.plan.buffer().is_some();
+        let counting = |contributions: &[Contribution]| {
+            contributions.iter().filter(|one| one.age == 0 || counts_late).count()
+        };
+        let (healthy, lost): (Vec<Contribution>, Vec<Contribution>) =
+            reducing.contributions.iter().cloned().partition(|one| !is_spoilt(one));
+        let (delivered, others) = (counting(&reducing.contributions), counting(&healthy));
+        let are_enough =
+            others >= self.plan.quorum(others, delivered) && healthy.len() as u64 >= self.plan.deltas_min();
+        let leave_out = !lost.is_empty() && are_enough;
         if leave_out {
-            reducing.contributions.retain(|one| !is_spoilt(one));
+            reducing.contributions = healthy;
         }
         let (reason, pause) = (shortened(reason), duration_ms(pause_ms));
-        if let (Some(site), true) = (spoilt, leave_out) {
-            self.say(format!("{site} is left out of round {round}: its delta is spoilt"));
+        if let (Some((site, trained)), true) = (spoilt, leave_out) {
+            self.say(format!(
+                "{site}'s delta for round {trained} is spoilt and left out of the average of round {round}"
+            ));
         }
         self.say(format!("the reduction of round {round} failed, next try in {pause}: {reason}"));
         Ok(())

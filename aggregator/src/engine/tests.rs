@@ -190,7 +190,7 @@ fn a_run_goes_through_its_rounds_and_its_last_evaluation() {
     assert_eq!(world.words(), "reduction of round 1");
     let effects = world.reduce(1);
     assert!(effects.contains(&Effect::Publish { version: 1 }));
-    assert!(effects.contains(&Effect::DiscardSpool { round: 1 }));
+    assert!(effects.contains(&Effect::DiscardSpool { round: 1, keep: BTreeSet::new() }));
     let train = Instruction::Train {
         round: 2,
         first_step: 4,
@@ -573,10 +573,11 @@ fn operators_actions_that_do_not_fit_are_refused() {
 fn an_aborted_run_takes_nothing_and_discards_its_spool() {
     let mut world = World::with((1, 0, 0, 0), &["a"]);
     let effects = world.ok(Event::Abort { reason: "x".repeat(10_000) });
-    assert!(effects.contains(&Effect::DiscardSpool { round: 1 }));
+    assert!(effects.contains(&Effect::DiscardSpool { round: 1, keep: BTreeSet::new() }));
     assert!(matches!(world.deliver("a", 1), Err(Rejection::NotRunning { .. })));
     assert_eq!(world.words().len(), "nothing: the run was aborted ()".len() + REASON_CHARACTERS_MAX);
-    let resumed = vec![Effect::DiscardSpool { round: u32::MAX }, Effect::InstructionsChanged];
+    let resumed =
+        vec![Effect::DiscardSpool { round: u32::MAX, keep: BTreeSet::new() }, Effect::InstructionsChanged];
     assert_eq!(world.restart(), resumed);
 }
 
@@ -602,11 +603,9 @@ fn a_failed_reduction_is_tried_again_after_a_while() {
 /// Two of three deltas turn out to be spoilt, one after the other.
 fn check_spoilt(participation: (u32, u32, u32, u64), averaged: &[&[&str]]) {
     let mut world = World::with(participation, &["a", "b", "c"]);
-    for site in ["a", "b", "c"] {
-        world.deliver(site, 1).unwrap();
-    }
+    world.deliver_all(&["a", "b", "c"], 1);
     for (spoilt, expected) in ["b", "c"].into_iter().zip(averaged) {
-        let spoilt = Some(spoilt.parse().unwrap());
+        let spoilt = Some((site(spoilt), 1));
         world.ok(Event::ReduceFailed { round: 1, reason: "damaged".into(), spoilt });
         let pause_ms = world.run.next_timer().unwrap() - world.now;
         let effects = world.wait(pause_ms);
@@ -634,8 +633,8 @@ fn a_spoilt_delta_is_left_out_while_the_others_are_a_quorum() {
 fn a_site_that_is_not_in_the_round_cannot_be_left_out() {
     let mut world = World::with((1, 0, 0, 0), &["a"]);
     world.deliver("a", 1).unwrap();
-    for site in ["a", "z"] {
-        let spoilt = Some(site.parse().unwrap());
+    for spoilt in [("a", 1), ("a", 2), ("z", 1)] {
+        let spoilt = Some((site(spoilt.0), spoilt.1));
         world.ok(Event::ReduceFailed { round: 1, reason: "damaged".into(), spoilt });
         let pause_ms = world.run.next_timer().unwrap() - world.now;
         let effects = world.wait(pause_ms);
@@ -673,7 +672,7 @@ fn a_restart_performs_again_what_may_not_have_been_done() {
     let effects = world.restart();
     assert!(reduce_effect(&effects).is_none());
     assert!(effects.contains(&Effect::Publish { version: 1 }));
-    assert!(effects.contains(&Effect::DiscardSpool { round: 1 }));
+    assert!(effects.contains(&Effect::DiscardSpool { round: 1, keep: BTreeSet::new() }));
     world.ok(Event::Published { version: 1 });
     assert!(!world.restart().contains(&Effect::Publish { version: 1 }));
 }

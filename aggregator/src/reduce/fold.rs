@@ -13,7 +13,7 @@ use std::sync::{
 
 use consort_common::{
     codec::Encoding,
-    ids::Digest,
+    ids::{Digest, SiteName},
     spec::{Aggregation, OuterOptimizer},
 };
 
@@ -80,8 +80,8 @@ enum Progress {
 }
 
 impl RoundFold {
-    /// Begins to make the version after `base` of these deltas, in any order: the canonical order is by site.
-    /// Takes the new version's space on disk. An orphan of that version is replaced in the end. If the rule
+    /// Begins to make the version after `base` of these deltas, in any order: the canonical order is by site, then by
+    /// round. Takes the new version's space on disk. An orphan of that version is replaced in the end. If the rule
     /// [compares deltas](Aggregation::compares_deltas), they must be whole, and are read.
     ///
     /// # Errors
@@ -95,10 +95,12 @@ impl RoundFold {
         tensors: TensorPlan,
         models: &ModelFiles,
     ) -> Result<Self, ReduceError> {
-        shares.sort_by(|a, b| a.delta.key().cmp(b.delta.key()));
+        shares.sort_by(|a, b| canonical(a.delta.key()).cmp(&canonical(b.delta.key())));
         check(&shares, &base)?;
         let Judgement { shares: folded, combination, treatments, left_out } =
-            Judgement::new(&shares, aggregation, |distances| survey(&shares, &base, distances))?;
+            Judgement::new(base.version() + 1, &shares, aggregation, |distances| {
+                survey(&shares, &base, distances)
+            })?;
         let (momentum, second_moment) =
             (has_momentum(&optimizer), initial_second_moment(&optimizer).is_some());
         let layout = ModelLayout { momentum, second_moment, ..base.layout() };
@@ -122,7 +124,7 @@ impl RoundFold {
     /// Whether these are the contributions that it was begun with.
     pub fn is_of(&self, contributions: &[WeightedContribution]) -> bool {
         let mut contributions: Vec<_> = contributions.iter().collect();
-        contributions.sort_by(|a, b| a.key.cmp(&b.key));
+        contributions.sort_by(|a, b| canonical(&a.key).cmp(&canonical(&b.key)));
         let shares = &self.shares;
         shares.len() == contributions.len()
             && shares.iter().zip(contributions).all(|(share, one)| share.is(one))
@@ -248,6 +250,11 @@ impl RoundFold {
     }
 }
 
+/// Where a delta stands in the canonical order: by site, then by the round that it was trained for.
+fn canonical(key: &ContributionKey) -> (&SiteName, u32) {
+    (&key.site, key.round)
+}
+
 /// Refuses lists that no round can have: the engine's invariants, checked before they cost a version.
 fn check(shares: &[Share], base: &ModelVersion) -> Result<(), ReduceError> {
     let round = base.version() + 1;
@@ -295,7 +302,8 @@ fn check_delta(
 fn survey(shares: &[Share], base: &ModelVersion, distances: bool) -> Result<Survey, ReduceError> {
     let plan = base.layout().fragment(base.version() + 1).plan();
     let tile_parameters = tile_parameters(shares.iter().map(Share::encoding));
-    let bytes = Gather::bytes(shares, plan.chunk_parameters() as usize, tile_parameters);
+    let bytes = Gather::bytes(shares, plan.chunk_parameters() as usize, tile_parameters)
+        + Survey::bytes(shares.len(), distances);
     Survey::of(shares, plan, tile_parameters, distances, workers(bytes))
 }
 

@@ -3,9 +3,9 @@
 //! Of each delta a whole chunk is read and verified, and a piece of it kept, as it is encoded, until the same
 //! piece of all others is there; then they are decoded together, tile by tile. Pieces are as long as
 //! [`PIECES_BYTES_MAX`] allows. Memory on a core: that, one payload, and a tile of each delta, whatever the
-//! model's size. Beyond 32 deltas in fp32 with the default chunk, a chunk has several pieces, for each of which it
-//! is read and verified again: reading is far from what such rules cost, but where the spool is an object store,
-//! each reading is a request.
+//! model's size; the distances of Krum come on top (see `survey`). Beyond 32 deltas in fp32 with the default chunk, a
+//! chunk has several pieces, for each of which it is read and verified again: reading is far from what such rules
+//! cost, but where the spool is an object store, each reading is a request.
 
 use consort_common::ids::Digest;
 

@@ -10,11 +10,12 @@
 //! | `statistics`, `tensors` | what is recorded of a round beside its model |
 //! | `initial` | version 0 |
 //!
-//! Memory is O(cores x chunk): see `fold`, and `gather` for rules that compare deltas. The result is a function of
-//! the base version, the set of weighted deltas, the rule of aggregation and the outer optimizer: bit-identical
-//! whatever the order in which deltas arrived, the number of threads and the chunk size. Norms alone may differ in
-//! their last digits between chunk sizes, since they are added chunk by chunk, and with them what they clip; and
-//! where the model is sent in an encoding that looks at blocks of values, its last block is that of each chunk.
+//! Memory is O(cores x chunk): see `fold`, and for rules that compare deltas `gather`, and `survey` for what Krum takes
+//! besides. The result is a function of the base version, the set of weighted deltas, the rule of aggregation and the
+//! outer optimizer: bit-identical whatever the order in which deltas arrived, the number of threads and the chunk
+//! size. Norms alone may differ in their last digits between chunk sizes, since they are added chunk by chunk, and
+//! with them what they clip; and where the model is sent in an encoding that looks at blocks of values, its last block
+//! is that of each chunk.
 //!
 //! Reduction writes a version's files and nothing else: the driver commits it in the database, later.
 //! Blocks for as long as it takes: async callers use `spawn_blocking`.
@@ -34,7 +35,7 @@ mod tensors;
 
 use consort_common::{
     codec::{DecodeError, Encoding},
-    ids::{Digest, SiteName},
+    ids::Digest,
     spec::{Aggregation, OuterOptimizer},
 };
 use rayon::prelude::*;
@@ -86,7 +87,7 @@ pub enum ReduceError {
         reason: String,
     },
     /// A contribution's chunk is missing, damaged or unreadable.
-    #[error("round {} cannot be reduced with {}'s delta: {source}", key.round, key.site)]
+    #[error("{key} cannot be averaged: {source}")]
     Damaged {
         /// The contribution.
         key: Box<ContributionKey>,
@@ -96,7 +97,7 @@ pub enum ReduceError {
         source: ChunkFault,
     },
     /// What is spooled is not the delta that was accepted.
-    #[error("round {} cannot be reduced with {}'s delta: {accepted} was accepted, but the spool holds {found}", key.round, key.site)]
+    #[error("{key} cannot be averaged: {accepted} was accepted, but the spool holds {found}")]
     OtherDelta {
         /// The contribution.
         key: Box<ContributionKey>,
@@ -127,11 +128,11 @@ pub enum ReduceError {
 }
 
 impl ReduceError {
-    /// The site whose delta is spoilt for good, if that is why: the round could be reduced without it.
-    pub fn spoilt(&self) -> Option<&SiteName> {
+    /// The delta that is spoilt for good, if that is why: the round could be reduced without it.
+    pub fn spoilt(&self) -> Option<&ContributionKey> {
         match self {
-            Self::OtherDelta { key, .. } => Some(&key.site),
-            Self::Damaged { key, source, .. } => source.is_lasting().then_some(&key.site),
+            Self::OtherDelta { key, .. } => Some(key.as_ref()),
+            Self::Damaged { key, source, .. } => source.is_lasting().then_some(key.as_ref()),
             Self::NoContributions { .. }
             | Self::TooFew { .. }
             | Self::Unfit { .. }
@@ -185,7 +186,7 @@ pub struct WeightedContribution {
 /// does.
 #[derive(Debug)]
 pub struct ReduceInputs<'a> {
-    /// What is averaged, in any order: the canonical order is by site.
+    /// What is averaged, in any order: the canonical order is by site, then by round.
     pub contributions: Vec<WeightedContribution>,
     /// The version that the sites trained from.
     pub base: ModelVersion,

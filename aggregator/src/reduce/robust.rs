@@ -42,12 +42,13 @@ pub(super) struct Judgement {
 }
 
 impl Judgement {
-    /// Judges `shares`, in canonical order; `survey` is asked with whether distances are wanted, if the rule
+    /// Judges the `shares` of `round`, in canonical order; `survey` is asked with whether distances are wanted, if the rule
     /// compares deltas.
     ///
     /// # Errors
     /// [`ReduceError::TooFew`], or the survey's.
     pub(super) fn new(
+        round: u32,
         shares: &[Share],
         rule: &Aggregation,
         survey: impl FnOnce(bool) -> Result<Survey, ReduceError>,
@@ -63,11 +64,11 @@ impl Judgement {
         }
         match *rule {
             Aggregation::ClippedMean { factor } => Ok(clipped(shares, total_weight, factor, &survey(false)?)),
-            Aggregation::Krum { hostile } => select(shares, rule, hostile, 1, survey),
+            Aggregation::Krum { hostile } => select(round, shares, rule, hostile, 1, survey),
             Aggregation::MultiKrum { hostile, selected } => {
                 let most = shares.len().saturating_sub(hostile as usize + 2);
                 let selected = if selected == 0 { most } else { selected as usize };
-                select(shares, rule, hostile, selected, survey)
+                select(round, shares, rule, hostile, selected, survey)
             }
             Aggregation::Mean {} | Aggregation::TrimmedMean { .. } | Aggregation::Median {} => Ok(Self {
                 shares: shares.to_vec(),
@@ -114,6 +115,7 @@ fn clipped(shares: &[Share], total_weight: f64, factor: f64, survey: &Survey) ->
 }
 
 fn select(
+    round: u32,
     shares: &[Share],
     rule: &Aggregation,
     hostile: u32,
@@ -122,7 +124,6 @@ fn select(
 ) -> Result<Judgement, ReduceError> {
     let needed = rule.deltas_min();
     if (shares.len() as u64) < needed {
-        let round = shares.first().map_or(0, |share| share.delta.key().round);
         return Err(ReduceError::TooFew { round, rule: rule.name(), deltas: shares.len(), needed });
     }
     let survey = survey(true)?;

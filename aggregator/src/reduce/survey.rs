@@ -6,7 +6,8 @@
 //!
 //! Sketch: n deltas of d values have n^2/2 distances, d subtractions, products and sums each. On one core that is
 //! some 2 values a nanosecond: for 16 deltas of 125 million values 8 s, for 100 of them 5 minutes; the round waits
-//! for that. Memory: `gather`'s on each core, and 4 n^2 bytes on each core and once more.
+//! for that. Memory: `gather`'s on each core, and 4 n^2 bytes on each core and once more; fewer cores work where that
+//! would be more than `fold` allows.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -64,6 +65,11 @@ struct ChunkSums {
 }
 
 impl Survey {
+    /// Bytes of the sums that a core keeps of a chunk.
+    pub(super) fn bytes(deltas: usize, distances: bool) -> usize {
+        (deltas + pairs(deltas, distances)) * size_of::<f64>()
+    }
+
     /// Reads all of `shares`, on at most `workers` cores of the current rayon pool.
     ///
     /// # Errors
@@ -85,7 +91,7 @@ impl Survey {
             sums
         };
         let mut squares = vec![0.0; shares.len()];
-        let mut pairs = vec![0.0; if distances { shares.len() * (shares.len() - 1) / 2 } else { 0 }];
+        let mut pairs = vec![0.0; pairs(shares.len(), distances)];
         let mut hashers = vec![blake3::Hasher::new(); shares.len()];
         // As many chunks at a time as are worked on: their sums need not wait for each other.
         let mut next = 0;
@@ -109,6 +115,11 @@ impl Survey {
     }
 }
 
+/// Pairs of deltas of which the distance is found.
+fn pairs(deltas: usize, distances: bool) -> usize {
+    if distances { deltas * deltas.saturating_sub(1) / 2 } else { 0 }
+}
+
 fn chunk_sums(
     shares: &[Share],
     index: u32,
@@ -118,7 +129,7 @@ fn chunk_sums(
     gather: &mut Gather,
 ) -> Result<ChunkSums, ReduceError> {
     let mut sums = vec![0.0; shares.len()];
-    let mut pairs = vec![0.0; if distances { shares.len() * (shares.len() - 1) / 2 } else { 0 }];
+    let mut pairs = vec![0.0; pairs(shares.len(), distances)];
     let digests = gather.tiles(shares, index, length, tile_parameters, |_, rows| {
         for (sum, row) in sums.iter_mut().zip(rows) {
             *sum += square(row);
@@ -179,6 +190,13 @@ mod tests {
             let expected: f64 = (0..length).map(|value| f64::from(value).powi(2)).sum();
             assert_eq!((square(&a), square_distance(&a, &b)), (expected, 4.0 * expected));
         }
+    }
+
+    #[test]
+    fn distances_take_half_a_square_of_sums() {
+        assert_eq!(Survey::bytes(100, false), 800);
+        assert_eq!(Survey::bytes(100, true), 800 + 100 * 99 / 2 * 8);
+        assert_eq!((pairs(0, true), pairs(1, true), pairs(2, true)), (0, 0, 1));
     }
 
     #[test]

@@ -390,7 +390,7 @@ fn check_damage(
     damage(&fixture, &mut north);
     let error = fixture.reduce(0, &[north, south.clone()]).unwrap_err();
     assert!(expected(&error), "{error:?}");
-    assert_eq!(error.spoilt().map(SiteName::as_str), Some("north"));
+    assert_eq!(error.spoilt().map(|key| key.site.as_str()), Some("north"));
     assert!(error.to_string().contains("north"), "{error}");
     assert_eq!(fixture.models.versions(&run()).unwrap(), [0]);
     fixture.reduce(0, &[south]).unwrap();

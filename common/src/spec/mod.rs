@@ -449,7 +449,7 @@ pub struct ParticipationSpec {
     /// A delta of age a weighs (1 + a)^-exponent as much as one that is not late (Xie et al., arXiv 1903.03934,
     /// section 5.2).
     pub staleness_exponent: f64,
-    /// Deltas, of whatever age, with which a round ends in the buffered mode, where every ready site is at work
+    /// Deltas, of whatever age, with which a round ends in the buffered mode, where every ready site is put to work
     /// (FedBuff, Nguyen et al., arXiv 2106.06639); 0: rounds are synchronous.
     pub buffer: u32,
     /// A deadline that follows the sites' pace; where both are there, the earlier one holds.

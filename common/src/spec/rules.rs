@@ -426,8 +426,8 @@ fn participation(rules: &mut Rules<'_>, participation: &ParticipationSpec, local
 fn buffered(rules: &mut Rules<'_>, participation: &ParticipationSpec) {
     let ParticipationSpec { minimum_clients, buffer, staleness_max, .. } = *participation;
     let paths = ["participation.buffer", "participation.minimum_clients"];
-    rules.check(&paths, buffer <= minimum_clients, || {
-        format!("is {buffer}; allowed: 0 (rounds are synchronous) to participation.minimum_clients = {minimum_clients}, with which it can fill")
+    rules.check(&paths, buffer < minimum_clients, || {
+        format!("is {buffer}; allowed: 0 (rounds are synchronous), or below participation.minimum_clients = {minimum_clients}, so that it fills when a site is gone, too")
     });
     rules.check(&["participation.staleness_max", "participation.buffer"], staleness_max > 0, || {
         format!("is 0, with which only the fastest sites would count in a buffer; allowed with participation.buffer = {buffer}: 1 to {STALENESS_MAX}")

@@ -78,3 +78,16 @@ pub(super) struct Terms {
     /// 0: rounds are synchronous.
     pub buffer: usize,
 }
+
+impl Terms {
+    /// Deltas without which no round is committed, late ones among them only with a buffer; and where there is none,
+    /// sites not at work on an earlier round without which none begins.
+    pub(super) fn least(&self) -> usize {
+        match (self.buffer, self.quorum, self.per_round) {
+            (0, 0, 0) => self.minimum.max(1),
+            (0, 0, per_round) => self.minimum.min(per_round).max(1),
+            (0, quorum, _) => quorum,
+            (buffer, ..) => buffer,
+        }
+    }
+}

@@ -157,15 +157,15 @@ impl World {
                 assert!(version <= self.state().version && self.plan.publishes(version));
                 self.publications.push(version);
             }
-            Effect::DiscardSpool { round } => {
+            Effect::DiscardSpool { round, keep } => {
                 let is_aborted = matches!(self.state().status, RunStatus::Aborted { .. });
                 let is_needed = |key: &(u32, SiteName), one: &Contribution| {
-                    key.0 <= round && key.0 + one.age > self.state().version
+                    key.0 <= round && !keep.contains(&key.0) && key.0 + one.age > self.state().version
                 };
                 let is_any_needed = self.contributions.iter().any(|(key, one)| is_needed(key, one));
                 assert!(is_aborted || round <= self.state().version, "only spent deltas are deleted");
                 assert!(is_aborted || !is_any_needed, "no delta is deleted that is to be averaged");
-                self.spool.retain(|(spooled, _)| *spooled > round);
+                self.spool.retain(|(spooled, _)| *spooled > round || keep.contains(spooled));
             }
             Effect::InstructionsChanged | Effect::Duplicate { .. } => {}
             record => panic!("{record:?} belongs into the transaction"),
@@ -291,7 +291,7 @@ impl World {
         if let Phase::Training(training) = &after.phase {
             if !matches!(&before.phase, Phase::Training(_)) {
                 assert_eq!(training.round, before.version.max(after.version) + 1);
-                assert!(training.wanted >= self.terms.quorum.max(1) || self.terms.buffer > 0);
+                assert!(training.wanted >= self.terms.least());
                 let is_free = |site: &&SiteName| !after.behind.contains_key(*site);
                 let ready = self.run.ready().keys().filter(is_free).count();
                 let most = if self.terms.per_round == 0 {
@@ -406,7 +406,7 @@ impl World {
         assert_eq!(names.len(), self.contributions_of(record.round).count(), "what was recorded is counted");
         let fresh = record.contributions.iter().filter(|one| one.contribution.age == 0).count();
         let counting = if self.terms.buffer > 0 { names.len() } else { fresh };
-        assert!(counting >= self.terms.quorum.max(self.terms.buffer).max(1), "no round without its quorum");
+        assert!(counting >= self.terms.least(), "no round without its quorum, or the minimum");
         self.tally.buffers += u64::from(self.terms.buffer > 0);
         self.tally.commits += 1;
         self.tally.retried += u64::from(record.attempts > 1);
@@ -456,7 +456,7 @@ impl World {
                 _ => false,
             };
             let free = self.run.ready().keys().filter(|site| !before.behind.contains_key(*site)).count();
-            let is_short = free < self.terms.quorum.max(1);
+            let is_short = free < self.terms.least();
             let has_reduced = matches!(&before.phase, Phase::Reducing(_));
             assert!(
                 self.terms.buffer == 0 && (is_overdue || is_short && (has_begun || has_reduced)),

@@ -1,5 +1,7 @@
 //! Deltas that come after their round has ended, and rounds that wait for a number of deltas only.
 
+use consort_common::spec::Aggregation;
+
 use super::*;
 
 /// Two sites, of which a round needs one at its deadline of 10 s; deltas may be so many rounds late.
@@ -50,9 +52,10 @@ impl World {
     }
 }
 
-fn discarded(effects: &[Effect]) -> Option<u32> {
+/// Up to which round deltas are deleted, and of which rounds before they are not.
+fn discarded(effects: &[Effect]) -> Option<(u32, Vec<u32>)> {
     effects.iter().find_map(|effect| match effect {
-        Effect::DiscardSpool { round } => Some(*round),
+        Effect::DiscardSpool { round, keep } => Some((*round, keep.iter().copied().collect())),
         _ => None,
     })
 }
@@ -70,12 +73,13 @@ fn without_a_staleness_a_late_delta_is_dropped() {
 fn a_late_delta_counts_in_the_next_round_with_less_weight_also_after_a_restart() {
     let mut world = with_late(1, 3);
     let effects = world.round_without_slow(1);
-    assert_eq!(discarded(&effects), Some(0), "the late delta may be on its way");
+    let late_to_come = Some((1, vec![1]));
+    assert_eq!(discarded(&effects), late_to_come, "the late delta may be on its way");
     assert_eq!((world.round_of("fast"), world.round_of("slow")), (2, 1));
     assert_eq!(world.run.participation(&site("slow")), Participation::Behind);
     assert_eq!(world.working(), ["fast"], "it takes part in no other round");
     assert!(world.words().contains("at work on an earlier round: slow"), "{}", world.words());
-    assert_eq!(discarded(&world.restart()), None);
+    assert_eq!(discarded(&world.restart()), late_to_come);
     world.ready(&["fast", "slow"]);
     let effects = world.deliver("slow", 1).unwrap();
     let recorded = effects.iter().find_map(|effect| match effect {
@@ -94,10 +98,22 @@ fn a_late_delta_counts_in_the_next_round_with_less_weight_also_after_a_restart()
         panic!("{:?}", world.averaged())
     };
     assert!((first - (1.0 - late)).abs() < 1e-15 && (second - late).abs() < 1e-15);
-    assert_eq!(discarded(&world.restart()), None, "both are needed");
-    assert_eq!(discarded(&world.reduce(2)), Some(2));
+    assert_eq!(discarded(&world.restart()), Some((1, vec![1])), "both are needed");
+    assert_eq!(discarded(&world.reduce(2)), Some((2, vec![])));
     world.ready(&["fast", "slow"]);
     assert_eq!((world.round_of("fast"), world.round_of("slow")), (3, 3));
+}
+
+#[test]
+fn a_site_that_is_behind_keeps_no_deltas_of_other_rounds_and_none_once_it_is_given_up() {
+    let mut world = with_late(3, 6);
+    world.round_without_slow(1);
+    for round in 2..=3 {
+        world.deliver("fast", round).unwrap();
+        assert_eq!(discarded(&world.reduce(round)), Some((round, vec![1])));
+    }
+    let effects = world.deliver("fast", 4).unwrap();
+    assert_eq!(discarded(&effects), Some((3, vec![])), "its delta would be 4 rounds late");
 }
 
 #[test]
@@ -217,7 +233,67 @@ fn a_site_that_joins_is_put_to_work_at_once_and_one_that_is_too_far_behind_anew(
 fn a_site_with_a_spoilt_delta_is_left_out_of_a_buffer() {
     let mut world = buffered(2, 1, &["a", "b"]);
     world.deliver_all(&["a", "b"], 1);
-    let spoilt = Some(site("a"));
+    let spoilt = Some((site("a"), 1));
     world.ok(Event::ReduceFailed { round: 1, reason: "damaged".into(), spoilt });
     assert_eq!(world.reducing(), Some(vec!["b"]));
+}
+
+/// A buffer of three: late and new deltas of a, and a new one of b.
+#[test]
+fn of_two_deltas_of_a_site_only_the_spoilt_one_is_left_out_and_never_so_many_that_the_rule_cannot_go_on() {
+    for (aggregation, averaged) in [
+        (Aggregation::default(), vec![("a", 1), ("b", 0)]),
+        (Aggregation::Median {}, vec![("a", 1), ("a", 0), ("b", 0)]),
+    ] {
+        let adjust = |spec: &mut RunSpec| {
+            spec.rounds = 6;
+            spec.outer.aggregation = aggregation.clone();
+            spec.participation.minimum_clients = 4;
+            spec.participation.buffer = 3;
+            spec.participation.staleness_max = 3;
+        };
+        let mut world = World::new(adjust, &["a", "b", "c", "d"]);
+        world.deliver_all(&["b", "c", "d"], 1);
+        world.reduce(1);
+        world.deliver("a", 1).unwrap();
+        world.deliver_all(&["a", "b"], 2);
+        assert_eq!(world.reducing(), Some(vec!["a", "a", "b"]));
+        let spoilt = Some((site("a"), 2));
+        world.ok(Event::ReduceFailed { round: 2, reason: "damaged".into(), spoilt });
+        let Phase::Reducing(reducing) = &world.run.state().phase else { panic!("not reducing") };
+        let found: Vec<_> = reducing.contributions.iter().map(|one| (one.site.as_str(), one.age)).collect();
+        assert_eq!(found, averaged);
+    }
+}
+
+#[test]
+fn late_deltas_make_no_quorum_of_what_a_spoilt_one_leaves() {
+    let mut world = with_late(1, 3);
+    world.round_without_slow(1);
+    world.deliver("slow", 1).unwrap();
+    world.deliver("fast", 2).unwrap();
+    assert_eq!(world.reducing(), Some(vec!["fast", "slow"]));
+    for (spoilt, averaged) in [(("fast", 2), vec!["fast", "slow"]), (("slow", 1), vec!["fast"])] {
+        let spoilt = Some((site(spoilt.0), spoilt.1));
+        world.ok(Event::ReduceFailed { round: 2, reason: "damaged".into(), spoilt });
+        assert_eq!(world.reducing(), Some(averaged));
+    }
+}
+
+#[test]
+fn where_the_quorum_is_left_open_a_round_takes_the_minimum_of_free_sites() {
+    let adjust = |spec: &mut RunSpec| {
+        participate(spec, (3, 3, 0, 0));
+        spec.rounds = 3;
+        spec.participation.over_selection = 1;
+        spec.participation.staleness_max = 3;
+    };
+    let mut world = World::new(adjust, &["a", "b", "c"]);
+    world.ready(&["d"]);
+    world.deliver_all(&["a", "b", "c"], 1);
+    assert_eq!(world.reducing(), Some(vec!["a", "b", "c"]));
+    world.gone(&["a"]);
+    world.reduce(1);
+    assert_eq!(world.working(), ["b", "c", "d"], "d is not left to its old round");
+    assert_eq!(world.round_of("d"), 2);
 }

@@ -123,3 +123,14 @@ fn deltas_in_different_encodings_are_averaged_as_what_they_decode_to() {
     let expected: Vec<f32> = expected.into_iter().map(|sum| sum as f32).collect();
     assert_eq!(fixture.parameters(1), expected);
 }
+
+#[test]
+fn the_canonical_order_is_by_site_and_then_by_round() {
+    let fixture = Fixture::new(&[0.0; 10], 4, Encoding::Fp32, OuterOptimizer::FedAvg {});
+    let deliver = |round, site| fixture.deliver(round, site, 1.0, &[0.25; 10]);
+    fixture.reduce(0, &[deliver(1, "south")]).unwrap();
+    let deltas = [deliver(2, "south"), deliver(2, "north"), deliver(1, "north"), deliver(2, "east")];
+    let reduction = fixture.reduce(1, &deltas).unwrap();
+    let order: Vec<_> = reduction.treatments.iter().map(|one| (one.site.as_str(), one.round)).collect();
+    assert_eq!(order, [("east", 2), ("north", 1), ("north", 2), ("south", 2)]);
+}

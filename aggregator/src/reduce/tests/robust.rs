@@ -186,16 +186,20 @@ fn a_delta_that_was_left_out_must_still_be_the_accepted_one() {
     let mut contributions = deliver(&fixture, &one_hostile(5, 300));
     contributions[4].delta_digest = Digest::of(b"another");
     let error = fixture.reduce(0, &contributions).unwrap_err();
-    assert_eq!(error.spoilt().map(SiteName::as_str), Some("site-004"), "{error}");
+    assert_eq!(error.spoilt().map(|key| key.site.as_str()), Some("site-004"), "{error}");
     assert_eq!(fixture.models.versions(&run()).unwrap(), [0]);
 }
 
 #[test]
 fn krum_refuses_fewer_deltas_than_it_is_defined_for() {
     let fixture = fixture(&KRUM, 10, 10, Encoding::Fp32);
-    let contributions = deliver(&fixture, &one_hostile(4, 10));
-    let error = fixture.reduce(0, &contributions).unwrap_err();
+    let contributions = deliver(&fixture, &one_hostile(5, 10));
+    let error = fixture.reduce(0, &contributions[..4]).unwrap_err();
     assert!(matches!(error, ReduceError::TooFew { round: 1, deltas: 4, needed: 5, .. }), "{error}");
+    fixture.reduce(0, &contributions).unwrap();
+    // In the next round they are all late.
+    let error = fixture.reduce(1, &contributions[..4]).unwrap_err();
+    assert!(matches!(error, ReduceError::TooFew { round: 2, deltas: 4, needed: 5, .. }), "{error}");
 }
 
 #[test]
@@ -209,7 +213,7 @@ fn a_value_that_is_not_finite_names_its_site_under_every_rule() {
         fixture.put(key, 1, &bytes(&values));
         contributions[2].delta_digest = fixture.spooled(key).summary().unwrap().digest;
         let error = fixture.reduce(0, &contributions).unwrap_err();
-        assert_eq!(error.spoilt().map(SiteName::as_str), Some("site-002"), "{rule:?}: {error}");
+        assert_eq!(error.spoilt().map(|key| key.site.as_str()), Some("site-002"), "{rule:?}: {error}");
         assert!(matches!(error, ReduceError::Damaged { chunk: 1, .. }), "{error}");
         assert!(error.to_string().contains("1500"), "{error}");
     }

@@ -358,11 +358,17 @@ fn keys_that_must_fit_each_other_are_checked_together() {
             "participation.staleness_exponent is -0.5; allowed: 0 to 100",
         ],
     );
-    check("participation = { minimum_clients = 3, buffer = 3, staleness_max = 4, minimum_steps = 1 }", &[]);
+    check("participation = { minimum_clients = 3, buffer = 2, staleness_max = 4, minimum_steps = 1 }", &[]);
+    check(
+        "participation = { minimum_clients = 3, buffer = 3, staleness_max = 4 }",
+        &[
+            "participation.buffer is 3; allowed: 0 (rounds are synchronous), or below participation.minimum_clients = 3, so that it fills when a site is gone, too",
+        ],
+    );
     check(
         "participation = { minimum_clients = 3, buffer = 4, clients_per_round = 3, quorum = 2, deadline_seconds = 60, adaptive_deadline = {} }",
         &[
-            "participation.buffer is 4; allowed: 0 (rounds are synchronous) to participation.minimum_clients = 3, with which it can fill",
+            "participation.buffer is 4; allowed: 0 (rounds are synchronous), or below participation.minimum_clients = 3, so that it fills when a site is gone, too",
             "participation.staleness_max is 0, with which only the fastest sites would count in a buffer; allowed with participation.buffer = 4: 1 to 64",
             "participation.clients_per_round is 3; allowed with participation.buffer = 4, which alone ends a round: 0",
             "participation.quorum is 2; allowed with participation.buffer = 4, which alone ends a round: 0",
