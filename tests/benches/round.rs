@@ -141,7 +141,7 @@ async fn row(arguments: &Arguments, clients: u32) {
     let mut tls = Vec::new();
     for streams in [1, sizes.clients] {
         for write_bytes in [64 << 10, 1 << 20] {
-            let took = limits::tls(&server, &client, streams, sizes.payload(), write_bytes).await;
+            let took = limits::tls(&server, &client, streams, sizes.payload(), write_bytes, None).await;
             tls.push((streams, write_bytes, took.expect("loopback works")));
         }
     }

@@ -8,6 +8,7 @@ pub mod federation;
 pub mod forgery;
 pub mod hostile;
 pub mod limits;
+pub mod line;
 pub mod load;
 pub mod machine;
 pub mod phases;
@@ -15,6 +16,7 @@ pub mod process;
 pub mod proxy;
 pub mod python;
 pub mod raw;
+mod relay;
 pub mod texts;
 
 pub use self::{federation::TestFederation, process::Process};

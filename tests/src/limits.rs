@@ -18,6 +18,8 @@ use tokio::{
 };
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
+use crate::line::{Length, Line};
+
 /// Bytes that a receiver asks for at a time.
 const READ_BYTES: usize = 1 << 20;
 /// Random bytes that are written over and over: more than any disk compares to find that it has them.
@@ -27,7 +29,8 @@ const RANDOM_BYTES: usize = 16 << 20;
 const DISK_WRITE_BYTES: usize = 1 << 20;
 
 /// How long plain TLS 1.3 over loopback takes for `bytes`, over `streams` connections at a time, both ends
-/// in this process, in writes of `write_bytes`: the cipher, TCP and nothing else.
+/// in this process, in writes of `write_bytes`: the cipher, TCP and nothing else. With a long line between the
+/// ends if there is one.
 ///
 /// # Errors
 /// If a connection cannot be made or breaks.
@@ -37,9 +40,12 @@ pub async fn tls(
     streams: u64,
     bytes: u64,
     write_bytes: usize,
+    length: Option<Length>,
 ) -> io::Result<Duration> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
-    let address = listener.local_addr()?;
+    let address = listener.local_addr()?.to_string();
+    let line = length.map(|length| Line::start(&address, length));
+    let address = line.as_ref().map_or(address.as_str(), Line::endpoint);
     let acceptor = TlsAcceptor::from(server_config(server));
     let connector = TlsConnector::from(client_config(client));
     let share = bytes / streams;

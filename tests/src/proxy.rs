@@ -7,18 +7,18 @@ use std::{
     collections::VecDeque,
     io,
     sync::{Arc, Mutex, PoisonError},
-    thread::JoinHandle,
 };
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{
-        TcpListener, TcpStream,
+        TcpStream,
         tcp::{ReadHalf, WriteHalf},
     },
-    sync::{oneshot, watch},
-    task::JoinSet,
+    sync::watch,
 };
+
+use crate::relay::Relay;
 
 /// Bytes that one direction of a connection has in hand at a time.
 const BUFFER_BYTES: usize = 16 << 10;
@@ -76,40 +76,28 @@ struct Shared {
 /// The running proxy. It ends when dropped.
 #[derive(Debug)]
 pub struct Proxy {
-    endpoint: String,
+    relay: Relay,
     shared: Arc<Shared>,
-    stop: Option<oneshot::Sender<()>>,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl Proxy {
     /// Starts a proxy before `aggregator` (`HOST:PORT`), on a thread of its own and a port of the system's
     /// choice. One thread does all the work, so that counts and cuts are in one order.
     pub fn start(aggregator: &str) -> Self {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port can be had");
-        listener.set_nonblocking(true).expect("a socket can be asynchronous");
-        let port = listener.local_addr().expect("a listener has an address").port();
         let shared = Arc::new(Shared { state: Mutex::default(), cut: watch::Sender::new(0) });
-        let (stop, stopped) = oneshot::channel();
-        let thread = std::thread::spawn({
-            let (shared, aggregator) = (shared.clone(), aggregator.to_owned());
-            move || {
-                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-                runtime.expect("a runtime can be built").block_on(async {
-                    let listener = TcpListener::from_std(listener).expect("the socket is asynchronous");
-                    tokio::select! {
-                        () = serve(&listener, &aggregator, &shared) => {}
-                        _ = stopped => {}
-                    }
-                });
+        let relay = Relay::start(aggregator, {
+            let shared = shared.clone();
+            move |site, aggregator| {
+                let shared = shared.clone();
+                async move { relay(site, aggregator, &shared).await }
             }
         });
-        Self { endpoint: format!("localhost:{port}"), shared, stop: Some(stop), thread: Some(thread) }
+        Self { relay, shared }
     }
 
     /// Where sites connect: `localhost:PORT`.
     pub fn endpoint(&self) -> &str {
-        &self.endpoint
+        self.relay.endpoint()
     }
 
     /// What has passed so far.
@@ -121,16 +109,6 @@ impl Proxy {
     /// from now, ascending): both sides see a reset, and what was on its way is lost.
     pub fn cut_at(&self, direction: Direction, counts: Vec<u64>) {
         self.shared.state().cutting[direction as usize] = Cutting { handed_on: 0, counts: counts.into() };
-    }
-}
-
-impl Drop for Proxy {
-    fn drop(&mut self) {
-        drop(self.stop.take());
-        if let Some(thread) = self.thread.take() {
-            // It panics only with the test.
-            let _ = thread.join();
-        }
     }
 }
 
@@ -158,28 +136,9 @@ impl Shared {
     }
 }
 
-async fn serve(listener: &TcpListener, aggregator: &str, shared: &Arc<Shared>) {
-    let mut connections = JoinSet::new();
-    loop {
-        tokio::select! {
-            accepted = listener.accept() => {
-                let (site, _) = accepted.expect("connections can be accepted");
-                let (aggregator, shared) = (aggregator.to_owned(), shared.clone());
-                // A connection that fails is an end like any other.
-                connections.spawn(async move { drop(relay(site, &aggregator, &shared).await) });
-            }
-            Some(_) = connections.join_next() => {}
-        }
-    }
-}
-
 /// Hands on what either side sends until one of them ends, or all is cut.
-async fn relay(mut site: TcpStream, aggregator: &str, shared: &Shared) -> io::Result<()> {
+async fn relay(mut site: TcpStream, mut aggregator: TcpStream, shared: &Shared) -> io::Result<()> {
     let mut cut = shared.cut.subscribe();
-    let mut aggregator = TcpStream::connect(aggregator).await?;
-    for stream in [&site, &aggregator] {
-        stream.set_nodelay(true)?;
-    }
     let is_cut = {
         let (site_reader, site_writer) = site.split();
         let (aggregator_reader, aggregator_writer) = aggregator.split();
