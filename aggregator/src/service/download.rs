@@ -10,7 +10,7 @@ use tokio::{fs::File, io::AsyncReadExt, sync::mpsc, time::timeout};
 use tonic::Status;
 
 use super::{
-    broadcast::{Broadcast, Chunk},
+    broadcast::{Broadcast, Chunk, Listener},
     places::{DownloadPlace, PARTS_MAX},
 };
 use crate::driver::{Driver, ModelReader};
@@ -72,13 +72,13 @@ pub(super) fn model(
     place: DownloadPlace,
 ) -> Outbound<DownloadModelResponse> {
     let (queue, outbound) = mpsc::channel(QUEUE_MAX);
-    let (driver, broadcast) = (driver.clone(), broadcast.clone());
+    let (driver, listener) = (driver.clone(), broadcast.listen());
     driver.clone().spawn_task("download", async move {
         let _place = place;
         let sender = Sender { queue: queue.clone(), stall: driver.limits().stall() };
         let run = reader.material.name.clone();
         let mut sent = 0;
-        let result = send_model(&sender, &broadcast, &Arc::new(reader), selection, &mut sent).await;
+        let result = send_model(&sender, &listener, &Arc::new(reader), selection, &mut sent).await;
         driver.count_traffic(&run, sent, 0);
         if let Err(status) = result {
             // The receiver is told if it still listens; a full queue is one that it does not read.
@@ -90,7 +90,7 @@ pub(super) fn model(
 
 async fn send_model(
     sender: &Sender<DownloadModelResponse>,
-    broadcast: &Broadcast,
+    listener: &Listener,
     reader: &Arc<ModelReader>,
     selection: Selection,
     sent: &mut u64,
@@ -107,7 +107,7 @@ async fn send_model(
     };
     sender.send(part(response::Part::Header(header))).await?;
     for index in (selection.first..plan.chunks()).step_by(selection.stride as usize) {
-        let Chunk { payload, digest } = broadcast.chunk(reader, index).await?;
+        let Chunk { payload, digest } = listener.chunk(reader, index).await?;
         let bytes = payload.len() as u64;
         let chunk = ModelChunk { index, payload, digest: digest.to_vec() };
         sender.send(part(response::Part::Chunk(chunk))).await?;
