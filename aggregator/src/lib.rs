@@ -14,10 +14,12 @@
 //! | [`service`] | gRPC: translate, authorise, call the driver | decide anything |
 //! | [`views`] | what people see | write anything |
 //! | [`aligned`] | vectors that begin at a cache line | |
+//! | [`allocator`] | what becomes of large buffers that were freed | |
 //! | [`server`], [`config`], [`check`] | the process: configuration, listener, signals, preflight | |
 //! | [`pki`] | certificates for a start; used by the CLI only | run in the server |
 
 pub mod aligned;
+pub mod allocator;
 pub mod check;
 pub mod checkpoints;
 pub mod config;

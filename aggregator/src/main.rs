@@ -3,7 +3,7 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use consort_aggregator::{check, config::Config, server};
+use consort_aggregator::{allocator, check, config::Config, server};
 
 /// Consort's aggregator: coordinates rounds, collects deltas over mutual TLS and averages them.
 ///
@@ -55,6 +55,7 @@ fn main() -> ExitCode {
 }
 
 fn serve(config: Config) -> anyhow::Result<()> {
+    allocator::give_back_large_buffers();
     consort_common::telemetry::init(config.log.format, &config.log.filter)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(server::serve(config))
