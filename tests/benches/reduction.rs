@@ -3,16 +3,19 @@
 //! Each row is a process of its own, so that its peak memory (VmHWM) is the row's. It opens the deltas as the
 //! aggregator does, folds them into the next version several times, and of the last time it also makes the
 //! version durable. Bytes count once: the encoded deltas, what is read of the base version and what is
-//! written of the new one. They are held against the memory bandwidth that the same number of threads
-//! reaches on this machine just before. Everything that a row reads is in the page cache, as it is in an
-//! aggregator that has just received it.
+//! written of the new one. They are held against what the same number of threads reaches in memory just
+//! before: copying (as STREAM counts it: read and written), reading one vector each, and adding nine vectors to
+//! a tenth, which is what eight deltas and a base take. Everything that a row reads is in the page cache, as it
+//! is in an aggregator that has just received it; what its copies alone take, each row measures too.
 //!
 //! More sites than [`DELTAS_MAX`] share files by hard links; such a row's reads come from the cache more
 //! often than they would, and it is marked.
 
 use std::{
-    fs,
+    fs::{self, File},
     hint::black_box,
+    io,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     process::Command,
     time::Instant,
@@ -42,6 +45,8 @@ use rayon::prelude::*;
 const DELTAS_MAX: u32 = 8;
 /// Of the models' tensors, as far as there are so many.
 const TENSOR_PARAMETERS: u64 = 1_000_000;
+/// What is copied at a time where nothing else is done: an fp32 chunk.
+const BLOCK_BYTES: u64 = 1 << 20;
 /// What stays free on the disk.
 const RESERVE_BYTES: u64 = 4 << 30;
 
@@ -142,25 +147,27 @@ fn table(arguments: &Arguments) -> anyhow::Result<()> {
     // Eight deltas and the base version.
     let sum = machine::sum_bytes_per_second(threads, 9);
     println!(
-        "{threads} threads read {:.1} GB/s, copy {:.1} (read and written), and add 9 vectors to a tenth at {:.1}",
-        read / 1e9,
+        "{threads} threads in memory: copy {:.1} GB/s (read and written), read {:.1}, sum of 9 vectors {:.1}",
         copy / 1e9,
+        read / 1e9,
         sum / 1e9
     );
     let optimizer = if arguments.momentum { "Nesterov" } else { "FedAvg" };
     let rule = arguments.rule.name();
     println!("{rule}, {optimizer}, model sent as {}, best of {}\n", arguments.model, arguments.repeat);
     println!(
-        "{:>12} {:>8} {:>5} {:>8} {:>8} {:>8} {:>8} {:>7} {:>7} {:>7} {:>9}",
+        "{:>12} {:>8} {:>5} {:>7} {:>8} {:>8} {:>8} {:>8} {:>7} {:>7} {:>7} {:>7} {:>8}",
         "parameters",
         "encoding",
         "K",
+        "GB",
         "read s",
+        "write s",
         "fold s",
         "finish s",
         "GB/s",
-        "% read",
         "% copy",
+        "% read",
         "% sum",
         "peak MB"
     );
@@ -183,17 +190,20 @@ fn table(arguments: &Arguments) -> anyhow::Result<()> {
                     continue;
                 }
                 let row = Row { sites: *sites, ..row.clone() };
-                let Figures { read_seconds, fold_seconds, finish_seconds, peak_bytes } = row.spawn()?;
-                let rate = row.bytes() as f64 / fold_seconds;
+                let Figures { read_seconds, write_seconds, fold_seconds, finish_seconds, peak_bytes } =
+                    row.spawn()?;
+                let bytes = row.bytes() as f64;
+                let rate = bytes / fold_seconds;
                 let mark = if *sites > DELTAS_MAX { "*" } else { "" };
                 linked |= *sites > DELTAS_MAX;
                 println!(
-                    "{parameters:>12} {:>8} {:>5} {read_seconds:>8.3} {fold_seconds:>8.3} {finish_seconds:>8.2} {:>8.1} {:>7.0} {:>7.0} {:>7.0} {:>9.0}",
+                    "{parameters:>12} {:>8} {:>5} {:>7.2} {read_seconds:>8.3} {write_seconds:>8.3} {fold_seconds:>8.3} {finish_seconds:>8.2} {:>7.1} {:>7.0} {:>7.0} {:>7.0} {:>8.0}",
                     encoding.name(),
                     format!("{sites}{mark}"),
+                    bytes / 1e9,
                     rate / 1e9,
-                    100.0 * rate / read,
                     100.0 * rate / copy,
+                    100.0 * rate / read,
                     100.0 * rate / sum,
                     peak_bytes as f64 / 1e6,
                 );
@@ -205,7 +215,10 @@ fn table(arguments: &Arguments) -> anyhow::Result<()> {
             "\n* {DELTAS_MAX} deltas on disk, linked under several sites each: they share the page cache"
         );
     }
-    println!("\nread: reading and verifying the deltas' chunks, and nothing else");
+    println!("\nGB, GB/s: bytes read and written, once each, of fold; %: of the rates in memory above");
+    println!(
+        "read, write: taking as many bytes from and to the page cache, chunk by chunk, and nothing else"
+    );
     println!("finish: hashing the new version, whole and each chunk, while it is synced to the disk");
     println!(
         "skipped by default: 1000000000 parameters, which take 24 GB of disk and of page cache with 2 sites"
@@ -217,6 +230,7 @@ fn table(arguments: &Arguments) -> anyhow::Result<()> {
 /// What a row measured.
 struct Figures {
     read_seconds: f64,
+    write_seconds: f64,
     fold_seconds: f64,
     finish_seconds: f64,
     peak_bytes: u64,
@@ -277,17 +291,22 @@ impl Row {
         directory.join(format!("{}.delta", "01".repeat(16)))
     }
 
-    /// Bytes of the vectors beside the deltas: those of the base version that are read, and the new ones.
-    fn version_bytes(&self) -> u64 {
+    /// Bytes of the base version's vectors that are read.
+    fn base_bytes(&self) -> u64 {
         let layout = self.layout();
         let vectors = 1 + u64::from(layout.momentum) + u64::from(layout.has_residual());
-        let update =
-            self.model.update().map_or(0, |encoding| DeltaLayout::new(layout.plan, encoding).delta_bytes());
-        2 * vectors * self.parameters * size_of::<f32>() as u64 + update
+        vectors * self.parameters * size_of::<f32>() as u64
+    }
+
+    /// Bytes of the new version.
+    fn written_bytes(&self) -> u64 {
+        let plan = self.layout().plan;
+        let update = self.model.update().map_or(0, |encoding| DeltaLayout::new(plan, encoding).delta_bytes());
+        self.base_bytes() + update
     }
 
     fn bytes(&self) -> u64 {
-        u64::from(self.sites) * self.delta_layout().delta_bytes() + self.version_bytes()
+        u64::from(self.sites) * self.delta_layout().delta_bytes() + self.base_bytes() + self.written_bytes()
     }
 
     /// Writes the base version and the deltas.
@@ -295,8 +314,8 @@ impl Row {
         let _ = fs::remove_dir_all(&self.directory);
         fs::create_dir_all(&self.directory)?;
         let deltas = sites.min(DELTAS_MAX);
-        let needed =
-            u64::from(deltas) * self.delta_layout().file_bytes() + self.version_bytes() + RESERVE_BYTES;
+        let needed = u64::from(deltas) * self.delta_layout().file_bytes() + self.base_bytes() + RESERVE_BYTES;
+        let needed = needed + self.written_bytes();
         let available = fs4::available_space(&self.directory)?;
         ensure!(
             needed <= available,
@@ -347,13 +366,14 @@ impl Row {
         let mut next = || numbers.next().context("a row printed too little");
         Ok(Figures {
             read_seconds: next()?.parse()?,
+            write_seconds: next()?.parse()?,
             fold_seconds: next()?.parse()?,
             finish_seconds: next()?.parse()?,
             peak_bytes: next()?.parse()?,
         })
     }
 
-    /// In its own process: folds, and prints the seconds of reading, folding and finishing, and the peak memory.
+    /// In its own process: folds, and prints the seconds of reading, writing, folding and finishing, and the peak memory.
     fn run(&self) -> anyhow::Result<()> {
         let spool = self.spool();
         let deltas: Vec<_> = (0..self.sites)
@@ -369,21 +389,8 @@ impl Row {
                 anyhow::Ok(WeightedContribution { key, weight: share.weight, encoding, delta_digest })
             })
             .collect::<Result<_, _>>()?;
-        let read = || -> anyhow::Result<()> {
-            (0..self.layout().plan.chunks()).into_par_iter().try_for_each_init(
-                AlignedVec::default,
-                |payload, index| {
-                    shares.iter().try_for_each(|share| share.delta.read(index, payload).map(|_| ()))
-                },
-            )?;
-            Ok(())
-        };
-        let mut read_seconds = f64::INFINITY;
-        for _ in 0..self.repeat {
-            let begun = Instant::now();
-            read()?;
-            read_seconds = read_seconds.min(begun.elapsed().as_secs_f64());
-        }
+        let read_seconds = self.best(|| self.read_files())?;
+        let write_seconds = self.best(|| self.write_file())?;
         let models = self.models();
         let mut fold_seconds = f64::INFINITY;
         let mut finish_seconds = 0.0;
@@ -407,9 +414,49 @@ impl Row {
                 finish_seconds = begun.elapsed().as_secs_f64();
             }
         }
-        println!("{read_seconds} {fold_seconds} {finish_seconds} {}", peak_bytes()?);
+        println!("{read_seconds} {write_seconds} {fold_seconds} {finish_seconds} {}", peak_bytes()?);
         Ok(())
     }
+
+    /// The least that `seconds` gives, of as many times as each round is folded.
+    fn best(&self, seconds: impl Fn() -> anyhow::Result<f64>) -> anyhow::Result<f64> {
+        (0..self.repeat).try_fold(f64::INFINITY, |best, _| Ok(best.min(seconds()?)))
+    }
+
+    /// Copies out of the page cache what a fold reads, the files of the deltas and of the base version, and gives
+    /// the seconds.
+    fn read_files(&self) -> anyhow::Result<f64> {
+        let base = fs::read_dir(self.directory.join("models").join(Self::run_name().as_str()).join("0"))?;
+        let vectors = base.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>()?;
+        let begun = Instant::now();
+        for path in vectors.into_iter().chain((0..self.sites).map(|site| self.delta_path(site))) {
+            let file = File::open(path)?;
+            each_block(file.metadata()?.len(), |block, at| file.read_exact_at(block, at))?;
+        }
+        Ok(begun.elapsed().as_secs_f64())
+    }
+
+    /// Copies into the page cache as much as a fold writes, to a new file with its space reserved as the fold has it,
+    /// and gives the seconds.
+    fn write_file(&self) -> anyhow::Result<f64> {
+        let path = self.directory.join("written");
+        let file = File::create(&path)?;
+        fs4::FileExt::allocate(&file, self.written_bytes())?;
+        let begun = Instant::now();
+        each_block(self.written_bytes(), |block, at| file.write_all_at(block, at))?;
+        let seconds = begun.elapsed().as_secs_f64();
+        fs::remove_file(path)?;
+        Ok(seconds)
+    }
+}
+
+/// Calls `work` with a block of memory for each [`BLOCK_BYTES`] of a file, and with where they begin, on all cores.
+fn each_block(bytes: u64, work: impl Fn(&mut [u8], u64) -> io::Result<()> + Sync) -> io::Result<()> {
+    let begins = (0..bytes.div_ceil(BLOCK_BYTES)).into_par_iter().map(|block| block * BLOCK_BYTES);
+    begins.try_for_each_init(AlignedVec::default, |block, at| {
+        block.resize(BLOCK_BYTES.min(bytes - at) as usize);
+        work(block, at)
+    })
 }
 
 /// Numbers that look like weights and cost little: at each position another, of the size `scale`.

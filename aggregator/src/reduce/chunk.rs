@@ -4,13 +4,20 @@
 //! by tile, so that the sums and decoded values do not leave a core's first cache meanwhile. Then each tile of
 //! the sums goes through the outer step and the rounding, and the chunk is written.
 //!
-//! Sketch, for a chunk of 2^18 values in fp32, by a prototype on two threads that could read 34 GB/s from memory
-//! (where data came from a cache, it was faster; the whole fold does not reach these rates): a MiB per
-//! delta comes through the copy of a read system call at 48 GB/s, if it comes in one piece (in pieces of
-//! 256 KiB, which would stay in the second cache, at 31; maps are slower still where page tables are a
-//! hypervisor's); the checksum reads it at 100 GB/s, adding it four at a time takes it at 115. Once per chunk
-//! come reading the base and copying the new version into the page cache, at 18 GB/s. Digests of the new
-//! version are left to `models`, which takes them while the disk is busy.
+//! Sketch, for 8 fp32 deltas of 125 million values in chunks of 2^18, by a prototype on two threads that copied 39
+//! to 50 GB/s in memory: reads of a MiB bring the deltas in 130 to 175 ms (of 256 KiB, which would stay in the
+//! second cache, in 180 to 205), and the base with them; writing the new version's pages takes 40 to 55. So 5 GB
+//! would move at 20 to 27 GB/s if there were nothing to compute. Of what is in a cache, the checksums take 40 ms,
+//! the sums 50, the step with its norms 40: 340 to 370 ms in all.
+//!
+//! Maps of the deltas save the copies and were no faster. Populated before use (`MADV_POPULATE_READ`, which returns
+//! a disk's error where a load would end the process) and dropped after, they took 470 ms in all where reads took
+//! 350; 400 to 430 where reads took 340 to 370, if one page in 16 was populated and `mincore` asked whether the
+//! others had come with it. With bf16 deltas that took 295 to 300 against 250 to 255, and 245 at best, with
+//! prefetches and four chunks dropped at a time. Page tables are filled 4 KiB at a time and emptied on both cores,
+//! under a hypervisor; and what is added then comes from memory, not from a cache.
+//!
+//! Digests of the new version are left to `models`, which takes them while the disk is busy.
 
 use std::ops::Range;
 
