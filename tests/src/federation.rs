@@ -28,6 +28,11 @@ pub struct TestFederation {
 impl TestFederation {
     /// Makes the PKI: an aggregator, an operator and the `sites`, each with a corpus of its own.
     pub fn new(sites: &[&str]) -> Self {
+        Self::reachable_at(sites, &[])
+    }
+
+    /// The same, where the aggregator is reached by `hosts` as well as on this machine.
+    pub fn reachable_at(sites: &[&str], hosts: &[&str]) -> Self {
         let federation = Self {
             aggregator: None,
             clients: BTreeMap::new(),
@@ -36,7 +41,8 @@ impl TestFederation {
             directory: tempfile::tempdir().expect("a temporary directory can be made"),
         };
         federation.pki(&["init", "--federation", FEDERATION]);
-        federation.pki(&["issue", "aggregator", "main", "--host", "localhost", "--host", "127.0.0.1"]);
+        let hosts = ["localhost", "127.0.0.1"].iter().chain(hosts).flat_map(|host| ["--host", host]);
+        federation.pki(&["issue", "aggregator", "main"].into_iter().chain(hosts).collect::<Vec<_>>());
         for (seed, site) in sites.iter().enumerate() {
             federation.pki(&["issue", "site", site, "--endpoint", "localhost:1"]);
             texts::write(&federation.kit(&format!("site-{site}")).join("data"), seed as u64, 200);
@@ -160,21 +166,29 @@ impl TestFederation {
 
     /// The same, by another way than the aggregator's own endpoint.
     pub fn start_client_through(&mut self, site: &str, endpoint: &str) {
-        let kit = self.kit(&format!("site-{site}"));
-        let process = Process::start(
-            Command::new(binaries::client())
-                .arg("run")
-                .arg("--config")
-                .arg(kit.join("client.toml"))
-                .env("CONSORT_CLIENT_ENDPOINT", endpoint)
-                .env(
-                    "CONSORT_CLIENT_DEVICE__KIND",
-                    std::env::var("CONSORT_TEST_DEVICE").unwrap_or("cpu".to_owned()),
-                )
-                .env("CONSORT_CLIENT_DEVICE__THREADS", "1")
-                .env("CONSORT_CLIENT_TRAINING__CHECKPOINT_SECONDS", "1"),
-            &self.path().join(format!("{site}.log")),
-        );
+        let mut command = self.client_command(site, endpoint);
+        self.start_client_by(site, command.env("CONSORT_CLIENT_TRAINING__CHECKPOINT_SECONDS", "1"));
+    }
+
+    /// What starts a site's daemon on one CPU thread, by the way of `endpoint`.
+    pub fn client_command(&self, site: &str, endpoint: &str) -> Command {
+        let mut command = Command::new(binaries::client());
+        command
+            .arg("run")
+            .arg("--config")
+            .arg(self.kit(&format!("site-{site}")).join("client.toml"))
+            .env("CONSORT_CLIENT_ENDPOINT", endpoint)
+            .env(
+                "CONSORT_CLIENT_DEVICE__KIND",
+                std::env::var("CONSORT_TEST_DEVICE").unwrap_or("cpu".to_owned()),
+            )
+            .env("CONSORT_CLIENT_DEVICE__THREADS", "1");
+        command
+    }
+
+    /// Starts a site's daemon by a command made of [`TestFederation::client_command`].
+    pub fn start_client_by(&mut self, site: &str, command: &mut Command) {
+        let process = Process::start(command, &self.path().join(format!("{site}.log")));
         self.clients.insert(site.to_owned(), process);
     }
 

@@ -6,6 +6,7 @@
 pub mod binaries;
 pub mod federation;
 pub mod forgery;
+pub mod gateway;
 pub mod hostile;
 pub mod limits;
 pub mod line;

@@ -7,14 +7,16 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     process::Command,
+    sync::Arc,
     time::Duration,
 };
 
-use consort_common::{ids::Digest, tls::client_config};
+use consort_common::{ids::Digest, spec::RunSpec, tls::client_config};
 use consort_proto::v1::{federation_client::FederationClient, instruction::Task, upload_delta_request::Part};
 use consort_tests::{
     TestFederation,
     federation::tiny_spec,
+    gateway::Gateway,
     raw::{Assignment, Delta, RawOperator, RawSite, assert_refused, channel_with, chunk_of, credentials},
 };
 use tonic::Code;
@@ -636,4 +638,24 @@ async fn the_order_in_which_deltas_arrive_does_not_change_a_bit_of_the_model() {
     assert_eq!(digest_in_order([depot, clinic, bank]).await, digest);
     assert_eq!(digest_in_order([clinic, depot, bank]).await, digest);
     assert_ne!(digest_in_order([clinic, depot, ("bank", 0.5)]).await, digest);
+}
+
+/// The experiments alter deltas by a gateway: what it makes of them is what counts, and nothing else changes.
+#[test]
+fn what_a_gateway_makes_of_a_delta_is_what_is_averaged() {
+    let mut federation = TestFederation::new(&["bank"]);
+    federation.start_aggregator();
+    let gateway = Gateway::start(&federation, "bank", Arc::new(|round, _, values| values.fill(round as f32)));
+    federation.start_client_through("bank", gateway.endpoint());
+    let fedavg = "[outer.optimizer]\nkind = \"fedavg\"\n";
+    federation.start_run(&(tiny_spec("altered", 2, 1) + fedavg));
+    federation.wait_for_run("altered", "the run to end", |run| (run["status"] == "finished").then_some(()));
+    let parameters =
+        RunSpec::parse(&tiny_spec("altered", 2, 1)).unwrap().model.manifest().parameters() as f64;
+    for round in 1..=2_u32 {
+        let record = federation.json(&["rounds", "show", "altered", &round.to_string()]);
+        let norm = record["update_norm"].as_f64().expect("a round has a norm");
+        let expected = f64::from(round) * parameters.sqrt();
+        assert!((norm / expected - 1.0).abs() < 1e-4, "{norm} in round {round}, not {expected}");
+    }
 }
