@@ -9,12 +9,12 @@
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 const LARGE_BYTES: libc::c_int = 256 << 10;
 
-/// From now on, large buffers are given back to the system as soon as they are freed. Another allocator than glibc's
-/// is left as it is.
+/// From now on, large buffers are given back to the system as soon as they are freed. To be called before there are
+/// threads. Another allocator than glibc's is left as it is.
 pub fn give_back_large_buffers() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: mallopt(3) takes no pointers and may be called at any time. That it fails is no harm: the threshold is
-    // then as it was.
+    // SAFETY: mallopt(3) takes no pointers, and sets a number that an allocation reads; glibc asks for no other thread
+    // meanwhile, and there is none. That it fails is no harm: the threshold is then as it was.
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE_BYTES);
     }
@@ -30,9 +30,10 @@ mod tests {
     const BUFFERS: usize = 256;
 
     fn memory_bytes() -> usize {
-        let sizes = std::fs::read_to_string("/proc/self/statm").expect("Linux has /proc");
-        let pages = sizes.split_whitespace().nth(1).and_then(|pages| pages.parse::<usize>().ok());
-        pages.expect("a process has memory") * 4096
+        let status = std::fs::read_to_string("/proc/self/status").expect("Linux has /proc");
+        let resident =
+            status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
+        1024 * resident.and_then(|kilobytes| kilobytes.parse::<usize>().ok()).expect("a process has memory")
     }
 
     #[test]
