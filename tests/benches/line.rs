@@ -1,9 +1,9 @@
 //! What a site far away makes of its line: rounds of the real daemon and the real aggregator, over one connection
-//! through `consort_tests::line`, both built for release.
+//! through `consort_tests::line`.
 //!
 //! A transfer lasts from the first bytes of the model, or of the delta, that come out of the line's other end to
-//! the last ones. Beside it stands plain TLS for as many bytes over the same line in the same run, by the same
-//! measure. All of it shares this machine's cores: the line, and the ends that encrypt, hash and store.
+//! the last ones, until as many have come as the model has, in which is the little that TLS and HTTP/2 add. Beside it
+//! stands plain TLS for as many bytes over the same line in the same run, from end to end. All of it shares this machine's cores: the line, and the ends that encrypt, hash and store.
 //!
 //!     cargo bench -p consort-tests --bench line -- --line 1000:100
 
