@@ -178,10 +178,7 @@ impl TestFederation {
             .arg("--config")
             .arg(self.kit(&format!("site-{site}")).join("client.toml"))
             .env("CONSORT_CLIENT_ENDPOINT", endpoint)
-            .env(
-                "CONSORT_CLIENT_DEVICE__KIND",
-                std::env::var("CONSORT_TEST_DEVICE").unwrap_or("cpu".to_owned()),
-            )
+            .env("CONSORT_CLIENT_DEVICE__KIND", device())
             .env("CONSORT_CLIENT_DEVICE__THREADS", "1");
         command
     }
@@ -251,6 +248,11 @@ impl TestFederation {
     pub fn wait_for_run<T>(&self, run: &str, what: &str, mut ready: impl FnMut(&Value) -> Option<T>) -> T {
         wait_for(what, || ready(&self.json(&["runs", "show", run])))
     }
+}
+
+/// Where the programs under test compute.
+pub fn device() -> String {
+    std::env::var("CONSORT_TEST_DEVICE").unwrap_or("cpu".to_owned())
 }
 
 /// A tiny run that trains in seconds.
