@@ -42,12 +42,12 @@ struct Arguments {
     /// Experiments to do [default: all]
     #[arg(value_name = "EXPERIMENT", ignore_case = true)]
     experiments: Vec<Experiment>,
-    /// Train longer and, but for E7 and E8, with three seeds; otherwise shorter, with one
+    /// Three seeds, but for E7 and E8; otherwise one
     #[arg(long)]
     full: bool,
-    /// Optimizer steps of each run [default: 512, with --full 2048]
-    #[arg(long, value_name = "N")]
-    steps: Option<i64>,
+    /// Optimizer steps of each run
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    steps: i64,
     /// The sites' text, as deploy/corpora leaves it
     #[arg(long, default_value = ".cache/corpora", value_name = "FOLDER")]
     corpora: PathBuf,
@@ -127,8 +127,8 @@ struct Work {
 
 impl Work {
     fn new(arguments: &Arguments) -> Result<Self> {
-        let Arguments { full, corpora, out, .. } = arguments;
-        let steps = arguments.steps.unwrap_or(if *full { 2048 } else { 512 });
+        let Arguments { full, steps, corpora, out, .. } = arguments;
+        let steps = *steps;
         // E3 averages every 512 steps.
         ensure!(steps > 0 && steps % 512 == 0, "--steps is {steps}: it must be a multiple of 512");
         let corpora = Corpora::open(corpora, &out.join("text"))?;
