@@ -14,7 +14,7 @@ const LARGE_BYTES: libc::c_int = 256 << 10;
 pub fn give_back_large_buffers() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: mallopt(3) takes no pointers, and sets a number that an allocation reads; glibc asks for no other thread
-    // meanwhile, and there is none. That it fails is no harm: the threshold is then as it was.
+    // meanwhile, and the program has none yet. That it fails is no harm: the threshold is then as it was.
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE_BYTES);
     }

@@ -114,8 +114,7 @@ fn compare(work: &Work, start: Start, table: &mut Table, findings: &mut Vec<Find
         let name = format!("{sites} sites");
         let result = work.by_seed(&format!("{name}, from {from}"), &seeds, make)?;
         let trial = make(1)?;
-        let gradients = trial.gradient_bytes()? as f64 * (trial.steps() * i64::try_from(sites)?) as f64;
-        row(&name, &result, gradients);
+        row(&name, &result, trial.gradient_bytes()?);
         let relative = result.relative_to(&centralised);
         findings.push(Finding {
             experiment: "E1",
@@ -123,13 +122,7 @@ fn compare(work: &Work, start: Start, table: &mut Table, findings: &mut Vec<Find
             measured: percent(relative),
             holds: relative <= bound,
         });
-        let saved = gradients / result.first.bytes_up;
-        findings.push(Finding {
-            experiment: "E1",
-            relation: format!("K={sites}, from {from}: bytes of deltas fall by H = {LOCAL_STEPS} exactly"),
-            measured: format!("{saved:.3}"),
-            holds: (saved - LOCAL_STEPS as f64).abs() < 1e-6,
-        });
+        findings.push(bytes_fall("E1", &format!("K={sites}, from {from}"), &trial, &result)?);
     }
     Chart {
         title: &format!("E1: held-out loss by number of sites, from {from}"),
@@ -140,6 +133,18 @@ fn compare(work: &Work, start: Start, table: &mut Table, findings: &mut Vec<Find
         series,
     }
     .draw(&work.path(&format!("E1 from {from}.svg")))
+}
+
+/// Whether the deltas of a run have as many bytes as gradients at every step, divided by the local steps.
+fn bytes_fall(experiment: &'static str, what: &str, trial: &Trial, result: &BySeed) -> Result<Finding> {
+    let local_steps = trial.integer("training.local_steps");
+    let saved = trial.gradient_bytes()? / result.first.bytes_up;
+    Ok(Finding {
+        experiment,
+        relation: format!("{what}: bytes of deltas fall by H = {local_steps} exactly"),
+        measured: format!("{saved:.3}"),
+        holds: (saved - local_steps as f64).abs() < 1e-6,
+    })
 }
 
 /// E3: local steps between two averages.
@@ -160,15 +165,7 @@ pub(super) fn local_steps(work: &Work) -> Result<Vec<Finding>> {
             format!("{:.0}", result.first.seconds),
         ]);
         points.push((local_steps as f64, mean(&result.losses)));
-        let trial = make(1)?;
-        let gradients = trial.gradient_bytes()? as f64 * (4 * trial.steps()) as f64;
-        let saved = gradients / result.first.bytes_up;
-        findings.push(Finding {
-            experiment: "E3",
-            relation: format!("H={local_steps}: bytes of deltas fall by H exactly"),
-            measured: format!("{saved:.3}"),
-            holds: (saved - local_steps as f64).abs() < 1e-6,
-        });
+        findings.push(bytes_fall("E3", "4 sites", &make(1)?, &result)?);
     }
     table.show("E3: 4 sites that average every so many steps.", &work.path("E3.csv"))?;
     let level = mean(&centralised.losses);

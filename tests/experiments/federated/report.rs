@@ -87,7 +87,9 @@ impl Table {
             println!("{}", cells.collect::<String>());
         }
         println!();
-        let csv: Vec<String> = lines.iter().map(|line| line.join(",")).collect();
+        let quoted = |cell: &String| if cell.contains(',') { format!("\"{cell}\"") } else { cell.clone() };
+        let row = |line: &&Vec<String>| line.iter().map(quoted).collect::<Vec<_>>().join(",");
+        let csv: Vec<String> = lines.iter().map(row).collect();
         Ok(fs::write(path, csv.join("\n") + "\n")?)
     }
 }

@@ -109,9 +109,10 @@ impl Trial {
         self.integer("rounds") * self.integer("training.local_steps")
     }
 
-    /// Bytes of a gradient as fp32.
-    pub(super) fn gradient_bytes(&self) -> Result<u64> {
-        Ok(4 * RunSpec::parse(&toml::to_string(&self.spec)?)?.model.manifest().parameters())
+    /// Bytes that gradients as fp32 would have, one of each site at each step.
+    pub(super) fn gradient_bytes(&self) -> Result<f64> {
+        let parameters = RunSpec::parse(&toml::to_string(&self.spec)?)?.model.manifest().parameters();
+        Ok(4.0 * parameters as f64 * self.steps() as f64 * self.sites() as f64)
     }
 
     fn sites(&self) -> usize {
