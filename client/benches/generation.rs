@@ -11,13 +11,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use consort_client::trainer::{DeviceChoice, LanguageModel, Sampling, describe, set_threads, wait_passively};
+use consort_client::trainer::{
+    DeviceChoice, LanguageModel, Sampling, describe, set_threads, set_up_libraries,
+};
 use consort_common::model::{Architecture, LlamaConfig};
 
 const GREEDY: Sampling = Sampling { temperature: 0.0, top_p: 1.0, seed: 0 };
 
 fn main() -> Result<(), Box<dyn Error>> {
-    wait_passively();
+    set_up_libraries();
     // cargo hands its own arguments on.
     set_threads(std::env::args().skip(1).find_map(|argument| argument.parse().ok()).unwrap_or(2));
     let name = std::env::var("CONSORT_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());

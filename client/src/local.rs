@@ -197,7 +197,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::local_training::tests::{Site, test_device};
+    use crate::{local_training::tests::Site, trainer::test_device};
 
     fn go_on() -> bool {
         false

@@ -5,11 +5,12 @@
 //! bindings of libtorch take minutes to compile for another one, and what is measured happens in libtorch: the same
 //! version on both sides, with the same threads and `OMP_WAIT_POLICY=passive`. Both programs stay loaded and take turns,
 //! a few steps each, so that both see the same machine; a ratio is the median over turns of ours to theirs. Memory
-//! is the most that each process held, in all. `CONSORT_TEST_DEVICE` chooses the device; on a GPU the
-//! utilisation of its peak (MFU) is printed too. A last row is ours with attention kept within documents beside ours
-//! without.
+//! is the most that each process held, in all. `CONSORT_TEST_DEVICE` chooses the device; on a GPU models are larger, memory
+//! is the most that tensors held of the GPU's, and the utilisation of its peak (MFU) is printed too. A last row is ours
+//! with attention kept within documents beside ours without.
 //!
-//! `--bf16` measures one small model in bf16 beside PyTorch's autocast instead: a CPU without products in bf16 crawls.
+//! `--bf16` measures in bf16 beside PyTorch's autocast instead; on the CPU one small model: one without products in
+//! bf16 crawls.
 
 use std::{
     fs,
@@ -34,39 +35,59 @@ struct Case {
     training: &'static str,
 }
 
-const CASES: [Case; 3] = [
-    Case {
-        name: "llama, 7M",
-        steps: 3,
-        model: r#"architecture = "llama"
+// CONTEXT stands for the length of a case's sequences.
+const LLAMA_7M: &str = r#"architecture = "llama"
 vocab_size = 4096
 hidden_size = 288
 intermediate_size = 768
 num_hidden_layers = 6
 num_attention_heads = 6
 num_key_value_heads = 6
-max_position_embeddings = 256
+max_position_embeddings = CONTEXT
 rope_theta = 10000.0
 rms_norm_eps = 1e-5
-tie_word_embeddings = true"#,
-        batch_size: 8,
-        sequence_length: 256,
-        training: "",
-    },
-    Case {
-        name: "llama, 124M",
-        steps: 1,
-        model: r#"architecture = "llama"
+tie_word_embeddings = true"#;
+
+const LLAMA_124M: &str = r#"architecture = "llama"
 vocab_size = 50257
 hidden_size = 768
 intermediate_size = 2048
 num_hidden_layers = 12
 num_attention_heads = 12
 num_key_value_heads = 12
-max_position_embeddings = 256
+max_position_embeddings = CONTEXT
 rope_theta = 10000.0
 rms_norm_eps = 1e-5
-tie_word_embeddings = true"#,
+tie_word_embeddings = true"#;
+
+const LLAMA_354M: &str = r#"architecture = "llama"
+vocab_size = 50257
+hidden_size = 1024
+intermediate_size = 2816
+num_hidden_layers = 24
+num_attention_heads = 16
+num_key_value_heads = 16
+max_position_embeddings = CONTEXT
+rope_theta = 10000.0
+rms_norm_eps = 1e-5
+tie_word_embeddings = true"#;
+
+const GPT2_124M: &str = r#"architecture = "gpt2"
+vocab_size = 50257
+n_positions = CONTEXT
+n_embd = 768
+n_layer = 12
+n_head = 12
+layer_norm_epsilon = 1e-5"#;
+
+const BF16: &str = "precision = \"bf16\"\n";
+
+const CPU: [Case; 3] = [
+    Case { name: "llama, 7M", steps: 3, model: LLAMA_7M, batch_size: 8, sequence_length: 256, training: "" },
+    Case {
+        name: "llama, 124M",
+        steps: 1,
+        model: LLAMA_124M,
         batch_size: 2,
         sequence_length: 256,
         training: "",
@@ -74,13 +95,7 @@ tie_word_embeddings = true"#,
     Case {
         name: "gpt2, 124M",
         steps: 1,
-        model: r#"architecture = "gpt2"
-vocab_size = 50257
-n_positions = 256
-n_embd = 768
-n_layer = 12
-n_head = 12
-layer_norm_epsilon = 1e-5"#,
+        model: GPT2_124M,
         batch_size: 2,
         sequence_length: 256,
         training: "",
@@ -88,7 +103,7 @@ layer_norm_epsilon = 1e-5"#,
 ];
 
 /// Small enough for a CPU without products in bf16.
-const BF16: Case = Case {
+const CPU_BF16: [Case; 1] = [Case {
     name: "llama, 0.7M",
     steps: 1,
     model: r#"architecture = "llama"
@@ -98,14 +113,50 @@ intermediate_size = 384
 num_hidden_layers = 2
 num_attention_heads = 4
 num_key_value_heads = 4
-max_position_embeddings = 128
+max_position_embeddings = CONTEXT
 rope_theta = 10000.0
 rms_norm_eps = 1e-5
 tie_word_embeddings = true"#,
     batch_size: 4,
     sequence_length: 128,
-    training: "precision = \"bf16\"\n",
-};
+    training: BF16,
+}];
+
+const GPU: [Case; 1] = [Case {
+    name: "llama, 124M",
+    steps: 5,
+    model: LLAMA_124M,
+    batch_size: 16,
+    sequence_length: 1024,
+    training: "",
+}];
+
+const GPU_BF16: [Case; 3] = [
+    Case {
+        name: "llama, 124M",
+        steps: 10,
+        model: LLAMA_124M,
+        batch_size: 16,
+        sequence_length: 1024,
+        training: BF16,
+    },
+    Case {
+        name: "gpt2, 124M",
+        steps: 10,
+        model: GPT2_124M,
+        batch_size: 16,
+        sequence_length: 1024,
+        training: BF16,
+    },
+    Case {
+        name: "llama, 354M",
+        steps: 5,
+        model: LLAMA_354M,
+        batch_size: 8,
+        sequence_length: 1024,
+        training: BF16,
+    },
+];
 
 fn main() {
     // cargo hands its own arguments on.
@@ -118,11 +169,16 @@ fn main() {
     println!("{}, {threads} threads, {TURNS} turns, {}", place.device, if bf16 { "bf16" } else { "fp32" });
     println!("                    tokens/s             ratio                  peak memory, GB       MFU");
     println!("model            ours  PyTorch   median (least to most)          ours  PyTorch      ours");
-    let cases = if bf16 { std::slice::from_ref(&BF16) } else { CASES.as_slice() };
+    let cases: &[Case] = match (place.device.as_str(), bf16) {
+        ("cpu", false) => &CPU,
+        ("cpu", true) => &CPU_BF16,
+        (_, false) => &GPU,
+        (_, true) => &GPU_BF16,
+    };
     let medians: Vec<f64> = cases.iter().map(|case| beside_pytorch(case, &python, &place)).collect();
     println!("mean of the medians: {:.3}", medians.iter().sum::<f64>() / medians.len() as f64);
-    if !bf16 {
-        documents_apart(&CASES[0], &place);
+    if bf16 == (place.device != "cpu") {
+        documents_apart(&cases[0], &place);
     }
 }
 
@@ -136,6 +192,7 @@ impl Case {
     /// Writes its specification into `folder`, with these further lines of `[training]`.
     fn write(&self, folder: &Path, name: &str, training: &str) -> PathBuf {
         let Self { model, batch_size, sequence_length, .. } = self;
+        let model = model.replace("CONTEXT", &sequence_length.to_string());
         let text = format!(
             "name = \"bench\"\nrounds = 1\n[model]\n{model}\n[training]\nbatch_size = {batch_size}\n\
              sequence_length = {sequence_length}\ngradient_clip = 1.0\n{training}"
@@ -163,7 +220,8 @@ fn beside_pytorch(case: &Case, python: &Path, place: &Place) -> f64 {
 fn documents_apart(case: &Case, place: &Place) {
     let folder = tempfile::tempdir().expect("a temporary directory can be made");
     let programs = ["document_mask = true\n", ""].map(|training| {
-        let specification = case.write(folder.path(), &format!("{}.toml", training.len()), training);
+        let training = format!("{}{training}", case.training);
+        let specification = case.write(folder.path(), &format!("{}.toml", training.len()), &training);
         Program::ours(&specification, &case.steps.to_string(), place)
     });
     let [with, without] = programs;

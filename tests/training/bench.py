@@ -33,6 +33,13 @@ def take(count):
     return loss.item()
 
 
+def peak_memory():
+    """Of the GPU's memory what tensors held, of the host's all that this process held, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 take(2)
 for _ in sys.stdin:
     began = time.perf_counter()
@@ -40,7 +47,7 @@ for _ in sys.stdin:
     tokens_per_second = steps * training["batch_size"] * training["sequence_length"] / (time.perf_counter() - began)
     result = {
         "tokens_per_second": tokens_per_second,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory(),
         "loss": loss,
         "torch": torch.__version__,
     }

@@ -3,7 +3,7 @@ parity.py CASE
 
 CASE is a JSON file: `model`, a specification's `[model]` table; `tensors`, names and shapes in the order of the flat
 vector; `parameters` and `tokens`, files with the initial flat vector (f32) and the batches of all steps (int64,
-[steps, sequences, length + 1]); `optimizer`, `schedule` and `precision` as in a specification; `clip`.
+[steps, sequences, length + 1]); `optimizer`, `schedule` and `precision` as in a specification; `clip`; `device`, "cpu" or "cuda".
 """
 
 import json
@@ -104,15 +104,16 @@ def main():
             parameters[name].copy_(flat[position : position + count].view(shape))
             position += count
     assert position == flat.numel(), f"{position} parameters of {flat.numel()}"
+    model.to(case["device"])
     sequences, length = case["batch_size"], case["sequence_length"] + 1
     tokens = torch.frombuffer(bytearray(pathlib.Path(case["tokens"]).read_bytes()), dtype=torch.int64)
-    batches = tokens.view(-1, sequences, length)
+    batches = tokens.view(-1, sequences, length).to(case["device"])
     optimizers = make_optimizers(model, case["optimizer"])
     schedules = [make_schedule(optimizer, case["schedule"], len(batches)) for optimizer in optimizers]
     losses, rates = [], []
     for batch in batches:
         rates.append(optimizers[0].param_groups[0]["lr"])
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=case["precision"] == "bf16"):
+        with torch.autocast(case["device"], dtype=torch.bfloat16, enabled=case["precision"] == "bf16"):
             loss = reference.loss_of(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), case["clip"])

@@ -19,9 +19,9 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
 use super::DeviceArguments;
-use crate::trainer::{Device, Phases, Trainer, describe, peak_flops};
+use crate::trainer::{Device, Phases, Trainer, describe, peak_flops, peak_memory};
 
-/// Steps before the first measurement: memory is first touched, kernels are chosen.
+/// Steps before the first measurement, at least: memory is first touched, kernels are chosen.
 const WARMUP_STEPS: u64 = 2;
 
 /// Arguments of `bench`.
@@ -46,8 +46,10 @@ pub(super) struct BenchArguments {
 struct Measurement {
     steps: u64,
     elapsed: Duration,
+    /// Of one more step.
     phases: Phases,
     loss: f32,
+    sequences_at_once: usize,
 }
 
 impl BenchArguments {
@@ -60,12 +62,8 @@ impl BenchArguments {
         let mut trainer =
             Trainer::new(&spec.model, &spec.training, steps_all, /* end_of_text: */ 0, device)?;
         trainer.load(&spec.model.manifest().initialise(spec.seed))?;
-        trainer.measure_phases();
         let mut tokens = RandomTokens::new(&spec);
-        for _ in 0..WARMUP_STEPS {
-            trainer.step(&tokens.batch(), 0, &|| false)?;
-        }
-        trainer.take_results()?;
+        warm_up(&mut trainer, &mut tokens)?;
         if self.on_line {
             for line in std::io::stdin().lock().lines() {
                 line?;
@@ -87,14 +85,16 @@ impl BenchArguments {
         let flops = flops_per_token(&spec.model, training.sequence_length) * tokens_per_second;
         let utilisation = peak_flops(device, training.precision == Precision::Bf16).map(|peak| flops / peak);
         let Phases { forward, head, backward, update } = measurement.phases;
-        let share = |phase: Duration| phase.as_secs_f64() / seconds;
-        let peak_memory_bytes = peak_memory_bytes()?;
+        let share =
+            |phase: Duration| phase.as_secs_f64() / (forward + head + backward + update).as_secs_f64();
+        let peak_memory_bytes = peak_memory(device);
         if self.json {
             let result = json!({
                 "device": describe(device),
                 "parameters": spec.model.manifest().parameters(),
                 "tokens_per_second": tokens_per_second,
                 "step_seconds": step_seconds,
+                "sequences_at_once": measurement.sequences_at_once,
                 "flops_per_second": flops,
                 "model_flops_utilisation": utilisation,
                 "forward_share": share(forward),
@@ -109,7 +109,10 @@ impl BenchArguments {
         }
         println!("device          {}", describe(device));
         println!("model           {} parameters", units::count(spec.model.manifest().parameters()));
-        println!("step            {step_seconds:.3} s, {tokens_per_step} tokens");
+        println!(
+            "step            {step_seconds:.3} s, {tokens_per_step} tokens, {} sequences at once",
+            measurement.sequences_at_once
+        );
         println!("speed           {tokens_per_second:.0} tokens/s, {:.1} GFLOP/s", flops / 1e9);
         if let Some(utilisation) = utilisation {
             println!("utilisation     {:.1} % of the device's peak (MFU)", utilisation * 100.0);
@@ -121,20 +124,41 @@ impl BenchArguments {
             share(backward) * 100.0,
             share(update) * 100.0
         );
-        println!("peak memory     {} of the host", units::bytes(peak_memory_bytes));
+        if let Some(bytes) = peak_memory_bytes {
+            let whose = if device.is_cuda() { "the GPU" } else { "the host" };
+            println!("peak memory     {} of {whose}", units::bytes(bytes));
+        }
         Ok(())
     }
 }
 
+/// Steps until a GPU has found how many sequences it takes at once.
+fn warm_up(trainer: &mut Trainer, tokens: &mut RandomTokens) -> Result<()> {
+    for step in 1.. {
+        let sequences = trainer.sequences_at_once();
+        trainer.step(&tokens.batch(), 0, &|| false)?;
+        if step >= WARMUP_STEPS && trainer.sequences_at_once() == sequences {
+            break;
+        }
+    }
+    trainer.take_results()?;
+    Ok(())
+}
+
+/// Times some steps, and then the parts of another, since to time parts is to wait for the device after each.
 fn measure(trainer: &mut Trainer, tokens: &mut RandomTokens, steps: u64) -> Result<Measurement> {
-    trainer.take_phases();
     let began = Instant::now();
     for _ in 0..steps {
         trainer.step(&tokens.batch(), 0, &|| false)?;
     }
     // Waits for the device.
     let loss = trainer.take_results()?.last().map_or(f32::NAN, |result| result.loss);
-    Ok(Measurement { steps, elapsed: began.elapsed(), phases: trainer.take_phases(), loss })
+    let elapsed = began.elapsed();
+    trainer.measure_phases();
+    trainer.step(&tokens.batch(), 0, &|| false)?;
+    let phases = trainer.take_phases();
+    trainer.take_results()?;
+    Ok(Measurement { steps, elapsed, phases, loss, sequences_at_once: trainer.sequences_at_once() })
 }
 
 struct RandomTokens {
@@ -172,14 +196,6 @@ fn flops_per_token(architecture: &Architecture, sequence_length: u32) -> f64 {
     6.0 * multiplied as f64 + 12.0 * (layers * width) as f64 * f64::from(sequence_length)
 }
 
-/// The most memory that this process ever held, on the host.
-fn peak_memory_bytes() -> Result<u64> {
-    let status = fs::read_to_string("/proc/self/status").context("cannot read this process's memory")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kibibytes = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    Ok(kibibytes.context("the system does not say what memory this process held")? << 10)
-}
-
 #[cfg(test)]
 mod tests {
     use consort_common::model::LlamaConfig;
@@ -204,10 +220,5 @@ mod tests {
             let architecture = Architecture::Llama(LlamaConfig { tie_word_embeddings, ..config.clone() });
             assert_eq!(flops_per_token(&architecture, 8), expected);
         }
-    }
-
-    #[test]
-    fn this_process_holds_memory() {
-        assert!(peak_memory_bytes().unwrap() > 1 << 20);
     }
 }

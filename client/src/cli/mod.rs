@@ -23,7 +23,7 @@ use crate::{
     check::{self, Line, Outcome},
     config::{self, Config},
     daemon,
-    trainer::{Device, DeviceChoice, DeviceError, set_threads, wait_passively},
+    trainer::{Device, DeviceChoice, DeviceError, set_threads, set_up_libraries},
 };
 
 /// Exit code for what cannot even begin: arguments or a configuration that make no sense.
@@ -131,7 +131,7 @@ impl DeviceArguments {
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     if arguments.command.computes() {
-        wait_passively();
+        set_up_libraries();
     }
     let log_format = arguments.log_format;
     match arguments.command {

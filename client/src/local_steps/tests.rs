@@ -11,7 +11,7 @@ use crate::{
     progress::Reporter,
     round::keep,
     state::StateDirectory,
-    trainer::{Device, set_threads},
+    trainer::{be_deterministic, test_device},
     work::RunId,
 };
 
@@ -29,6 +29,7 @@ const SPEC: &str = r#"
     [training]
     local_steps = 8
     batch_size = 2
+    micro_batch_size = 2
     sequence_length = 16
 "#;
 
@@ -101,9 +102,10 @@ impl Site {
     }
 
     fn trainer(&self) -> Trainer {
-        set_threads(1);
         let spec = &self.material.spec;
-        Trainer::new(&spec.model, &spec.training, spec.run_steps(), 256, Device::Cpu).unwrap()
+        let device = test_device();
+        be_deterministic(device).unwrap();
+        Trainer::new(&spec.model, &spec.training, spec.run_steps(), 256, device).unwrap()
     }
 
     /// Trains a round as it comes, and keeps its delta and what the site carries over.

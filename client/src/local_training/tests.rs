@@ -7,7 +7,7 @@ use consort_common::atomic_file::partial_path;
 use super::*;
 use crate::{
     data::{Dataset, PrepareRequest, Source, Tokenizer, prepare},
-    trainer::{DeviceChoice, set_threads},
+    trainer::{be_deterministic, test_device},
 };
 
 const SPEC: &str = r#"
@@ -25,15 +25,10 @@ const SPEC: &str = r#"
     [training]
     local_steps = 30
     batch_size = 8
+    micro_batch_size = 8
     sequence_length = 32
     optimizer = { kind = "adamw", learning_rate = 0.01 }
 "#;
-
-pub(crate) fn test_device() -> Device {
-    set_threads(1);
-    let name = std::env::var("CONSORT_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
-    name.parse::<DeviceChoice>().unwrap().open().unwrap()
-}
 
 pub(crate) struct Site {
     pub(crate) folder: tempfile::TempDir,
@@ -81,7 +76,7 @@ impl Site {
             log_every: 10,
             evaluate_every: 0,
             checkpoint_interval: Duration::from_secs(3600),
-            device: test_device(),
+            device: deterministic_device(),
         }
     }
 
@@ -90,6 +85,13 @@ impl Site {
         let start = self.start();
         run(&self.folder("plain"), self.request(&start, steps), &go_on).unwrap().parameters
     }
+}
+
+/// Trainings are compared bit by bit.
+fn deterministic_device() -> Device {
+    let device = test_device();
+    be_deterministic(device).unwrap();
+    device
 }
 
 fn go_on() -> bool {

@@ -119,28 +119,24 @@ pub fn set_threads(threads: usize) {
     tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
 }
 
-/// Lets the CPU's threads sleep while they wait for each other, by starting this program anew with
-/// `OMP_WAIT_POLICY=passive`: libgomp reads the variable only when it is loaded. To be called first in `main`.
-/// Returns where the variable is set already, to whatever, or the system refuses. Also sets what cuBLAS wants to be
-/// deterministic, for [`be_deterministic`]: it costs 8 times 4 MiB of a GPU's memory.
+/// Starts this program anew with what libraries read from the environment only when they are loaded, unless all of it
+/// is set already, to whatever, or the system refuses. To be called first in `main`.
 ///
-/// By default they spin, which is no faster, and ruinous when others want the cores: two trainers with 2
-/// threads each on 2 cores made 600 tokens/s each spinning, and 9,600 sleeping.
-pub fn wait_passively() {
-    const POLICY: &str = "OMP_WAIT_POLICY";
-    const CUBLAS_WORKSPACE: &str = "CUBLAS_WORKSPACE_CONFIG";
-    if std::env::var_os(POLICY).is_some() {
+/// `OMP_WAIT_POLICY=passive` lets the CPU's threads sleep while they wait for each other. By default they spin, which
+/// is no faster, and ruinous when others want the cores: two trainers with 2 threads each on 2 cores made 600 tokens/s
+/// each spinning, and 9,600 sleeping. `CUBLAS_WORKSPACE_CONFIG` is what cuBLAS wants to be deterministic, for
+/// [`be_deterministic`]: it costs 8 times 4 MiB of a GPU's memory.
+pub fn set_up_libraries() {
+    const WANTED: [(&str, &str); 2] =
+        [("OMP_WAIT_POLICY", "passive"), ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")];
+    let missing: Vec<_> = WANTED.into_iter().filter(|(name, _)| std::env::var_os(name).is_none()).collect();
+    if missing.is_empty() {
         return;
     }
     let mut arguments = std::env::args_os();
     let (Ok(program), Some(name)) = (std::env::current_exe(), arguments.next()) else { return };
-    let error = Command::new(program)
-        .arg0(name)
-        .args(arguments)
-        .env(POLICY, "passive")
-        .env(CUBLAS_WORKSPACE, ":4096:8")
-        .exec();
-    tracing::warn!("the CPU's threads will spin while they wait: cannot start anew with {POLICY}: {error}");
+    let error = Command::new(program).arg0(name).args(arguments).envs(missing.clone()).exec();
+    tracing::warn!("computing without {missing:?} in the environment: cannot start anew: {error}");
 }
 
 /// The device for people: "cpu (2 threads)", "cuda:0 (NVIDIA H200, 139 GiB)".
@@ -240,6 +236,17 @@ pub fn memory(device: Device) -> Result<Memory, ShimError> {
     }))
 }
 
+/// The most memory that computing took at once, in bytes: on a GPU what this process's tensors held of its memory, on
+/// the CPU all that this process held. `None` where neither libtorch nor the system says.
+pub fn peak_memory(device: Device) -> Option<u64> {
+    if let Device::Cuda(index) = device {
+        return shim::cuda_peak_memory(index).ok();
+    }
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().trim_end_matches(" kB").parse::<u64>().ok()? << 10)
+}
+
 /// Tokens as an int64 tensor of `shape` on the device. To a GPU they go through pinned memory, so that the
 /// host does not wait for the steps under way there.
 ///
@@ -249,7 +256,15 @@ pub(super) fn upload(tokens: &[i64], shape: &[i64], device: Device) -> Result<Te
     if !device.is_cuda() {
         return Ok(host);
     }
-    host.f_pin_memory(device)?.f_internal_to_copy((Kind::Int64, device), true)
+    shim::pinned(&host)?.f_internal_to_copy((Kind::Int64, device), true)
+}
+
+/// Where tests compute: `CONSORT_TEST_DEVICE`, or else the CPU, with one thread, since tests run beside each other.
+#[cfg(test)]
+pub(crate) fn test_device() -> Device {
+    set_threads(1);
+    let name = std::env::var("CONSORT_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
+    name.parse::<DeviceChoice>().unwrap().open().unwrap()
 }
 
 #[cfg(test)]
@@ -284,5 +299,7 @@ mod tests {
         assert_eq!(describe(Device::Cpu), "cpu (1 thread)");
         let memory = memory(Device::Cpu).unwrap();
         assert!(0 < memory.available_bytes && memory.available_bytes <= memory.total_bytes, "{memory:?}");
+        let peak = peak_memory(Device::Cpu).unwrap();
+        assert!((1 << 20..memory.total_bytes).contains(&peak), "{peak}");
     }
 }

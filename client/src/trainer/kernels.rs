@@ -7,7 +7,7 @@ use std::{ffi::c_int, ptr::null_mut};
 
 use tch::{Device, TchError, Tensor};
 
-use super::shim::{Handle, handle, last_error};
+use super::shim::{Handle, handle, output};
 
 unsafe extern "C" {
     fn consort_linear(x: Handle, weight: Handle, bias: Handle, input_first: bool, out: *mut Handle) -> c_int;
@@ -42,8 +42,8 @@ pub(super) fn embedding(weight: &Tensor, tokens: &Tensor) -> Result<Tensor, TchE
 }
 
 /// Logits at a time: 16 MiB on a CPU, half of what its cores' last cache holds; on a GPU enough to be busy.
-fn logits_max(device: Device) -> i64 {
-    if device.is_cuda() { 1 << 26 } else { 1 << 22 }
+pub(super) fn logits_max(device: Device) -> i64 {
+    if device.is_cuda() { 1 << 27 } else { 1 << 22 }
 }
 /// Fewer rows would read the weight too often.
 const ROWS_MIN: i64 = 128;
@@ -67,30 +67,14 @@ pub(super) fn head_loss(
     })
 }
 
-/// What a C++ function makes. The handles given to it are of tensors that are borrowed for the whole call.
-fn output(call: impl FnOnce(*mut Handle) -> c_int) -> Result<Tensor, TchError> {
-    let mut out: Handle = null_mut();
-    if call(&raw mut out) != 0 {
-        return Err(TchError::Torch(last_error()));
-    }
-    // SAFETY: after success, `out` is a `torch::Tensor*` from `new` that nobody else owns; `Tensor` frees it.
-    Ok(unsafe { Tensor::from_ptr(out.cast()) })
-}
-
 #[cfg(test)]
 mod tests {
     use tch::Kind;
 
     use super::{
-        super::{DeviceChoice, set_threads, shim::set_gradient},
+        super::{shim::set_gradient, test_device},
         *,
     };
-
-    fn test_device() -> Device {
-        set_threads(1);
-        let name = std::env::var("CONSORT_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
-        name.parse::<DeviceChoice>().unwrap().open().unwrap()
-    }
 
     /// Made-up values between -1 and 1, different for each `seed`.
     fn values(shape: &[i64], seed: i64) -> Tensor {

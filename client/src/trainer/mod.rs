@@ -36,7 +36,7 @@ use self::{attention::Attention, gpt2::Gpt2, llama::Llama, mpt::Mpt, parameters:
 pub use self::{
     device::{
         Device, DeviceChoice, DeviceError, Memory, be_deterministic, describe, memory, peak_flops,
-        set_threads, wait_passively,
+        peak_memory, set_threads, set_up_libraries,
     },
     error::TrainerError,
     evaluate::EvaluationSum,
@@ -47,6 +47,9 @@ pub use self::{
     step::{Phases, StepOutcome, StepResult, Trainer},
     worker::{Worker, WorkerError},
 };
+
+#[cfg(test)]
+pub(crate) use self::device::test_device;
 
 /// The model of any architecture.
 enum Model {

@@ -19,7 +19,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
-use super::{Device, Trainer, set_threads};
+use super::{Device, Trainer, test_device};
 
 const STEPS: u64 = 200;
 const VOCABULARY: usize = 64;
@@ -86,6 +86,7 @@ struct Reference {
 /// Trains with both, and returns the largest relative difference of the losses of all steps. Learning rates must be
 /// the same but for rounding.
 fn largest_difference(python: &Path, architecture: &Architecture, training: &TrainingSpec) -> f64 {
+    let device = test_device();
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let manifest = architecture.manifest();
@@ -105,6 +106,7 @@ fn largest_difference(python: &Path, architecture: &Architecture, training: &Tra
         "schedule": training.schedule,
         "precision": training.precision,
         "clip": training.gradient_clip,
+        "device": if device == Device::Cpu { "cpu" } else { "cuda" },
     });
     fs::write(path("case.json"), case.to_string()).unwrap();
     let theirs = Command::new(python)
@@ -116,8 +118,7 @@ fn largest_difference(python: &Path, architecture: &Architecture, training: &Tra
     assert!(theirs.status.success(), "the reference failed: the reason is above");
     let Reference { losses: theirs, rates } = serde_json::from_slice(&theirs.stdout).unwrap();
 
-    set_threads(1);
-    let mut trainer = Trainer::new(architecture, training, STEPS, 0, Device::Cpu).unwrap();
+    let mut trainer = Trainer::new(architecture, training, STEPS, 0, device).unwrap();
     trainer.load(&initial).unwrap();
     let length = (training.batch_size * (training.sequence_length + 1)) as usize;
     for (step, batch) in tokens.chunks(length).enumerate() {

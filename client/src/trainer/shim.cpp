@@ -57,6 +57,11 @@ int consort_set_gradient(at::Tensor* parameter, const at::Tensor* gradient) {
   });
 }
 
+// Stores a new tensor in `out`, which the caller owns.
+int consort_pinned(const at::Tensor* tensor, at::Tensor** out) {
+  return guarded([&] { *out = new at::Tensor(tensor->pin_memory()); });
+}
+
 int consort_release_cuda_cache() {
   return guarded([&] { at::getDeviceAllocator(at::kCUDA)->emptyCache(); });
 }
@@ -78,6 +83,16 @@ int consort_cuda_memory(int64_t device, uint64_t* free_bytes, uint64_t* total_by
     const auto [free, total] = at::getDeviceAllocator(at::kCUDA)->getMemoryInfo(static_cast<c10::DeviceIndex>(device));
     *free_bytes = free;
     *total_bytes = total;
+  });
+}
+
+// The most memory of a CUDA device that tensors of this process ever held at once, in bytes.
+int consort_cuda_peak_memory(int64_t device, uint64_t* bytes) {
+  return guarded([&] {
+    using c10::CachingAllocator::StatType;
+    at::globalContext().lazyInitDevice(at::kCUDA);
+    const auto stats = at::getDeviceAllocator(at::kCUDA)->getDeviceStats(static_cast<c10::DeviceIndex>(device));
+    *bytes = stats.allocated_bytes[static_cast<size_t>(StatType::AGGREGATE)].peak;
   });
 }
 

@@ -3,9 +3,12 @@
 //! Owns every call into the shim. Lengths, shapes, kinds and devices are checked here, before any
 //! tensor is touched: an error leaves all tensors as they were.
 
-use std::ffi::{CStr, c_char, c_double, c_int, c_void};
+use std::{
+    ffi::{CStr, c_char, c_double, c_int, c_void},
+    ptr::null_mut,
+};
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 use thiserror::Error;
 
 /// Why a call into the shim was refused or failed.
@@ -91,9 +94,11 @@ unsafe extern "C" {
         eps: c_double,
     ) -> c_int;
     fn consort_set_gradient(parameter: Handle, gradient: Handle) -> c_int;
+    fn consort_pinned(tensor: Handle, out: *mut Handle) -> c_int;
     fn consort_release_cuda_cache() -> c_int;
     fn consort_set_deterministic() -> c_int;
     fn consort_cuda_memory(device: i64, free_bytes: *mut u64, total_bytes: *mut u64) -> c_int;
+    fn consort_cuda_peak_memory(device: i64, bytes: *mut u64) -> c_int;
 }
 
 /// One AdamW step on all of `tensors`, in place.
@@ -167,6 +172,13 @@ pub(super) fn set_gradient(parameter: &Tensor, gradient: &Tensor) -> Result<(), 
     check_code(OPERATION, code)
 }
 
+/// A copy of a tensor of the host's in memory from which a GPU fetches by itself. (The bindings' own function names a
+/// device, which libtorch warns of.)
+pub(super) fn pinned(tensor: &Tensor) -> Result<Tensor, TchError> {
+    // SAFETY: see `output`.
+    output(|out| unsafe { consort_pinned(handle(tensor), out) })
+}
+
 /// Gives back the GPU memory that is allocated but not in use.
 pub(super) fn release_cuda_cache() -> Result<(), ShimError> {
     // SAFETY: takes nothing and touches no tensor in use.
@@ -187,6 +199,16 @@ pub(super) fn cuda_memory(index: usize) -> Result<(u64, u64), ShimError> {
     let code = unsafe { consort_cuda_memory(index, &raw mut free, &raw mut total) };
     check_code("reading the memory of a CUDA device", code)?;
     Ok((free, total))
+}
+
+/// The most that tensors of this process ever held of CUDA device `index` at once, in bytes.
+pub(super) fn cuda_peak_memory(index: usize) -> Result<u64, ShimError> {
+    let mut bytes = 0;
+    let index = i64::try_from(index).unwrap_or(i64::MAX);
+    // SAFETY: the place lives for the whole call.
+    let code = unsafe { consort_cuda_peak_memory(index, &raw mut bytes) };
+    check_code("reading the peak memory of a CUDA device", code)?;
+    Ok(bytes)
 }
 
 /// What must agree between tensors that are worked on element by element.
@@ -232,6 +254,16 @@ fn check_form(
         "not defined".to_owned()
     };
     Err(ShimError::Form { operation, list, index, found, expected: expected.describe() })
+}
+
+/// What a C++ function makes. The handles given to it are of tensors that are borrowed for the whole call.
+pub(super) fn output(call: impl FnOnce(*mut Handle) -> c_int) -> Result<Tensor, TchError> {
+    let mut out: Handle = null_mut();
+    if call(&raw mut out) != 0 {
+        return Err(TchError::Torch(last_error()));
+    }
+    // SAFETY: after success, `out` is a `torch::Tensor*` from `new` that nobody else owns; `Tensor` frees it.
+    Ok(unsafe { Tensor::from_ptr(out.cast()) })
 }
 
 fn check_code(operation: &'static str, code: c_int) -> Result<(), ShimError> {

@@ -177,6 +177,11 @@ impl Trainer {
         self.optimizer.reset_moments()
     }
 
+    /// Sequences that go through the model at once in the next step.
+    pub fn sequences_at_once(&self) -> usize {
+        self.micro_batch.sequences
+    }
+
     /// The device, for people.
     pub fn device(&self) -> String {
         super::describe(self.device)
@@ -275,9 +280,9 @@ impl Trainer {
         self.clock = Some(Clock { phases: Phases::default(), lap: Instant::now() });
     }
 
-    /// Where the time of the steps since the last call went; zero unless it is measured.
+    /// Where the time of the steps since [`Trainer::measure_phases`] went, which ends the measurement; zero without it.
     pub fn take_phases(&mut self) -> Phases {
-        self.clock.as_mut().map(|clock| std::mem::take(&mut clock.phases)).unwrap_or_default()
+        self.clock.take().map(|clock| clock.phases).unwrap_or_default()
     }
 
     /// Adds the time since the last lap to a phase, or drops it.

@@ -108,12 +108,12 @@ mod tests {
         spec::TrainingSpec,
     };
 
-    use super::{super::Device, *};
+    use super::{super::test_device, *};
 
     fn build() -> Trainer {
         let architecture =
             Architecture::Llama(LlamaConfig { num_hidden_layers: 1, ..LlamaConfig::default() });
-        Trainer::new(&architecture, &TrainingSpec::default(), 1, 0, Device::Cpu).unwrap()
+        Trainer::new(&architecture, &TrainingSpec::default(), 1, 0, test_device()).unwrap()
     }
 
     #[tokio::test]

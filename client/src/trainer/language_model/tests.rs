@@ -8,7 +8,7 @@ use consort_common::{
 };
 
 use super::{super::tests::*, *};
-use crate::trainer::{EvaluationSum, Sampling, attention::Cache};
+use crate::trainer::{EvaluationSum, Sampling, attention::Cache, test_device};
 
 /// All architectures with room for more positions, features that the smallest leave out, and weights large
 /// enough for attention to matter to the logits.

@@ -5,10 +5,9 @@ use consort_common::{
     spec::Precision,
 };
 
-use super::{super::set_threads, *};
+use super::{super::test_device, *};
 
 fn parameters() -> Parameters {
-    set_threads(1);
     let config = LlamaConfig {
         vocab_size: 20,
         hidden_size: 8,
@@ -20,7 +19,7 @@ fn parameters() -> Parameters {
         ..LlamaConfig::default()
     };
     let manifest = Architecture::Llama(config).manifest();
-    let mut parameters = Parameters::new(&manifest, Precision::Fp32, Device::Cpu).unwrap();
+    let mut parameters = Parameters::new(&manifest, Precision::Fp32, test_device()).unwrap();
     parameters.load(&manifest.initialise(1)).unwrap();
     parameters
 }
@@ -36,12 +35,12 @@ fn values(tensor: &Tensor) -> Vec<f64> {
 /// A gradient that differs between elements and steps.
 fn set_gradient(parameters: &mut Parameters, step: i64) {
     let gradient =
-        (Tensor::arange(parameters.values.numel() as i64, (Kind::Float, Device::Cpu)) * 0.7 + step).sin();
+        (Tensor::arange(parameters.values.numel() as i64, (Kind::Float, test_device())) * 0.7 + step).sin();
     parameters.gradients.copy_(&gradient);
 }
 
 fn control(skip: f64, divisor: f64) -> Control {
-    let scalar = |value| Tensor::full([0_i64; 0], value, (Kind::Float, Device::Cpu));
+    let scalar = |value| Tensor::full([0_i64; 0], value, (Kind::Float, test_device()));
     Control { skip: scalar(skip), divisor: scalar(divisor) }
 }
 
@@ -51,7 +50,7 @@ fn adopt_stays_near_a_reference_in_f64() {
     let OptimizerSpec::Adopt { learning_rate, beta1, beta2, epsilon, weight_decay } = spec("adopt") else {
         panic!("another kind")
     };
-    let mut optimizer = Optimizer::new(&spec("adopt"), &parameters, Device::Cpu).unwrap();
+    let mut optimizer = Optimizer::new(&spec("adopt"), &parameters, test_device()).unwrap();
     let decays: Vec<bool> = parameters
         .spans()
         .iter()
@@ -88,7 +87,7 @@ fn adopt_stays_near_a_reference_in_f64() {
 fn a_skipped_step_changes_nothing_whatever_the_gradient_is() {
     for kind in ["adamw", "adopt", "muon"] {
         let mut parameters = parameters();
-        let mut optimizer = Optimizer::new(&spec(kind), &parameters, Device::Cpu).unwrap();
+        let mut optimizer = Optimizer::new(&spec(kind), &parameters, test_device()).unwrap();
         for step in 0..3 {
             set_gradient(&mut parameters, step);
             optimizer.step(1.0, &control(0.0, 1.0)).unwrap();
@@ -111,7 +110,7 @@ fn the_divisor_scales_the_gradient() {
     for kind in ["adamw", "adopt", "muon"] {
         let after = |scale: f64, divisor: f64| {
             let mut parameters = parameters();
-            let mut optimizer = Optimizer::new(&spec(kind), &parameters, Device::Cpu).unwrap();
+            let mut optimizer = Optimizer::new(&spec(kind), &parameters, test_device()).unwrap();
             for step in 0..3 {
                 set_gradient(&mut parameters, step);
                 parameters.gradients *= scale;
@@ -136,7 +135,7 @@ fn muon_moves_matrices_by_orthogonal_updates_and_keeps_second_moments_of_the_oth
         epsilon: 1e-8,
         weight_decay: 0.0,
     };
-    let mut optimizer = Optimizer::new(&still, &parameters, Device::Cpu).unwrap();
+    let mut optimizer = Optimizer::new(&still, &parameters, test_device()).unwrap();
     let before = parameters.values.copy();
     set_gradient(&mut parameters, 1);
     optimizer.step(1.0, &control(0.0, 1.0)).unwrap();
@@ -160,7 +159,7 @@ fn muon_moves_matrices_by_orthogonal_updates_and_keeps_second_moments_of_the_oth
 #[test]
 fn moments_of_another_optimizer_are_refused_by_name_and_change_nothing() {
     let parameters = parameters();
-    let optimizer = |kind| Optimizer::new(&spec(kind), &parameters, Device::Cpu).unwrap();
+    let optimizer = |kind| Optimizer::new(&spec(kind), &parameters, test_device()).unwrap();
     let kinds = ["adamw", "adopt", "muon"];
     for found in kinds {
         let moments = Moments { steps: 7, ..optimizer(found).moments().unwrap() };

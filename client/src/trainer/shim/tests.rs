@@ -1,12 +1,12 @@
 //! The wrappers beside references in f64, and what they refuse.
 
-use super::*;
+use super::{super::test_device, *};
 
 const SETTINGS: AdamW =
     AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.95, weight_decay: 0.1, epsilon: 1e-8 };
 
 fn scalar(value: f64) -> Tensor {
-    Tensor::full([0_i64; 0], value, (Kind::Float, Device::Cpu))
+    Tensor::full([0_i64; 0], value, (Kind::Float, test_device()))
 }
 
 /// Parameters with made-up values, zero gradients and zero moments.
@@ -16,7 +16,7 @@ fn model() -> AdamWTensors {
         .iter()
         .map(|shape| {
             let count: i64 = shape.iter().product();
-            let values = Tensor::arange(count, (Kind::Float, Device::Cpu)) * 0.25 - 0.6;
+            let values = Tensor::arange(count, (Kind::Float, test_device())) * 0.25 - 0.6;
             values.reshape(shape.as_slice()).set_requires_grad(true)
         })
         .collect();
@@ -122,9 +122,10 @@ fn a_missing_gradient_or_a_wrong_shape_is_an_error_that_names_both() {
     set_gradients(&mut model, 1);
     model.gradients[1] = Tensor::new();
     let error = adamw_step(&SETTINGS, &model, &scalar(1.0), &scalar(0.0), &scalar(1.0)).unwrap_err();
+    let device = test_device();
     assert_eq!(
         error.to_string(),
-        "AdamW step: tensor 1 of the gradients is not defined, expected Float [5] on Cpu"
+        format!("AdamW step: tensor 1 of the gradients is not defined, expected Float [5] on {device:?}")
     );
 
     set_gradients(&mut model, 1);
@@ -132,14 +133,17 @@ fn a_missing_gradient_or_a_wrong_shape_is_an_error_that_names_both() {
     let error = adamw_step(&SETTINGS, &model, &scalar(1.0), &scalar(0.0), &scalar(1.0)).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "AdamW step: tensor 0 of the first moments is Float [3, 2] on Cpu, expected Float [2, 3] on Cpu"
+        format!(
+            "AdamW step: tensor 0 of the first moments is Float [3, 2] on {device:?}, expected Float [2, 3] on \
+             {device:?}"
+        )
     );
 }
 
 #[test]
 fn backward_passes_add_to_the_gradient_that_was_placed() {
-    let parameter = Tensor::from_slice(&[2.0_f32, 3.0]).set_requires_grad(true);
-    let gradient = Tensor::zeros([2], (Kind::Float, Device::Cpu));
+    let parameter = Tensor::from_slice(&[2.0_f32, 3.0]).to_device(test_device()).set_requires_grad(true);
+    let gradient = Tensor::zeros([2], (Kind::Float, test_device()));
     set_gradient(&parameter, &gradient).unwrap();
     for _ in 0..2 {
         (&parameter * &parameter).sum(Kind::Float).backward();
@@ -150,7 +154,7 @@ fn backward_passes_add_to_the_gradient_that_was_placed() {
 #[test]
 fn deterministic_algorithms_change_nothing_on_a_cpu() {
     let product = || {
-        let x = (Tensor::arange(64 * 64, (Kind::Float, Device::Cpu)) * 0.37).sin().reshape([64, 64]);
+        let x = (Tensor::arange(64 * 64, (Kind::Float, test_device())) * 0.37).sin().reshape([64, 64]);
         values(&[x.matmul(&x)])
     };
     let before = product();
