@@ -142,7 +142,7 @@ pub(super) fn device(choice: DeviceChoice, threads: u32, active: Option<&RunSpec
         _ => describe(device),
     };
     let Some(spec) = active else { return passed(found) };
-    let mut needed = memory_bytes_needed(&spec.model, &spec.training);
+    let mut needed = memory_bytes_needed(&spec.model, &spec.training, device);
     if matches!(device, Device::Cpu) {
         needed += checkpoint_bytes_needed(&spec.model);
     }

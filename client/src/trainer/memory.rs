@@ -5,19 +5,26 @@ use consort_common::{
     spec::{Precision, TrainingSpec},
 };
 
-use super::micro_batch::sequences_cpu;
+use tch::Device;
+
+use super::{kernels::logits_max, micro_batch::sequences_cpu};
 
 const FLOAT: u64 = 4;
 
 /// Device memory that training needs, in bytes: parameters, gradient and two moments in fp32, and what a
 /// micro-batch keeps for its backward pass, the masks of attention included. An estimate, for a check before a
-/// run: on the CPU, models of 0.8 to 13 million parameters with 2,048 and 8,192 tokens took between 0.9 and 1.2
-/// of it, beside the 0.1 GB that libtorch itself takes; LLaMA and MPT with sequences of 2,048, with documents apart and
-/// not, between 1.2 and 1.3. For a GPU it is the same sketch, of which nothing was measured: there, in fp32 or with a
-/// mask, keys and values that serve a group of heads are repeated for each of its heads, up to 2 x heads x head width
-/// floats per token and block that are not counted.
-pub fn memory_bytes_needed(architecture: &Architecture, training: &TrainingSpec) -> u64 {
-    let state = 4 * architecture.manifest().parameters();
+/// run, beside the 0.1 GB that libtorch itself takes.
+///
+/// On the CPU, models of 0.8 to 13 million parameters with 2,048 and 8,192 tokens took between 0.9 and 1.2 of it;
+/// LLaMA and MPT with sequences of 2,048, with documents apart and not, between 1.2 and 1.3. On an H100 in bf16, LLaMA
+/// with 124, 354 and 1,320 million parameters and GPT-2 with 124, with 8,192 and 16,384 tokens, took between 0.91 and
+/// 0.99 of it; in fp32, LLaMA with 124 million took 0.91, then with half as many logits at once. A GPU that finds
+/// `micro_batch_size` by itself begins with one sequence. There, in fp32 or with a mask, keys and values that serve a
+/// group of heads are repeated for each of its heads, up to 2 x heads x head width floats per token and block that are
+/// not counted.
+pub fn memory_bytes_needed(architecture: &Architecture, training: &TrainingSpec, device: Device) -> u64 {
+    let parameters = architecture.manifest().parameters();
+    let state = 4 * parameters;
     // Per token: inputs and outputs of norms, projections, attention and residual sums, and the wide ones of
     // the feed-forward part; LLaMA's norms and its gate keep more of them.
     let blocks = match architecture {
@@ -27,15 +34,28 @@ pub fn memory_bytes_needed(architecture: &Architecture, training: &TrainingSpec)
         Architecture::Gpt2(config) => config.n_layer * (14 * config.n_embd + 2 * config.inner()),
         Architecture::Mpt(config) => config.n_layers * 22 * config.d_model,
     };
-    let per_token = blocks as u64;
     let micro_batch = match training.micro_batch_size as usize {
+        0 if device.is_cuda() => 1,
         0 => sequences_cpu(training),
         given => given,
     };
-    let tokens = micro_batch as u64 * u64::from(training.sequence_length);
-    let rounded =
-        if training.precision == Precision::Bf16 { 2 * architecture.manifest().parameters() } else { 0 };
-    FLOAT * (state + tokens * per_token) + rounded + mask_bytes(architecture, training, micro_batch as u64)
+    let kept = micro_batch as u64 * u64::from(training.sequence_length) * blocks as u64;
+    let bf16 = training.precision == Precision::Bf16;
+    // A GPU's kernels keep less of it, in bf16 most of it in two bytes.
+    let kept_bytes = match (device.is_cuda(), bf16) {
+        (false, _) => FLOAT * kept,
+        (true, false) => 3 * kept,
+        (true, true) => 7 * kept / 4,
+    };
+    // The logits that exist at once, and what is made of them: in fp32 twice, and in the weights' precision.
+    let logits_bytes =
+        if device.is_cuda() { logits_max(device) as u64 * if bf16 { 10 } else { 8 } } else { 0 };
+    let rounded = if bf16 { 2 * parameters } else { 0 };
+    FLOAT * state
+        + kept_bytes
+        + logits_bytes
+        + rounded
+        + mask_bytes(architecture, training, micro_batch as u64)
 }
 
 /// What the masks of attention take, which grow with the square of the sequence: one for all blocks, in the precision
@@ -91,10 +111,43 @@ mod tests {
             let training = training(document_mask, precision);
             assert_eq!(mask_bytes(architecture, &training, 2), bytes_per_pair * SQUARE, "{training:?}");
             let unmasked = TrainingSpec { document_mask: false, ..training.clone() };
-            let more =
-                memory_bytes_needed(architecture, &training) - memory_bytes_needed(architecture, &unmasked);
+            let of = |training| memory_bytes_needed(architecture, training, Device::Cpu);
+            let more = of(&training) - of(&unmasked);
             let mask = mask_bytes(architecture, &training, 2) - mask_bytes(architecture, &unmasked, 2);
             assert_eq!(more, mask, "it is part of what is needed");
+        }
+    }
+
+    #[test]
+    fn a_gpu_is_asked_for_about_what_an_h100_gave() {
+        let llama = |hidden_size, intermediate_size, num_hidden_layers| {
+            Architecture::Llama(LlamaConfig {
+                vocab_size: 50257,
+                hidden_size,
+                intermediate_size,
+                num_hidden_layers,
+                num_attention_heads: 16,
+                num_key_value_heads: 16,
+                max_position_embeddings: 2048,
+                tie_word_embeddings: true,
+                ..LlamaConfig::default()
+            })
+        };
+        for (architecture, sequences, precision, taken_gb) in [
+            (llama(768, 2048, 12), 16, Precision::Bf16, 10.64),
+            (llama(768, 2048, 12), 16, Precision::Fp32, 15.23),
+            (llama(1024, 2816, 24), 8, Precision::Bf16, 17.26),
+            (llama(2048, 5504, 24), 16, Precision::Bf16, 62.2),
+        ] {
+            let training = TrainingSpec {
+                batch_size: sequences,
+                micro_batch_size: sequences,
+                sequence_length: 1024,
+                precision,
+                ..TrainingSpec::default()
+            };
+            let needed_gb = memory_bytes_needed(&architecture, &training, Device::Cuda(0)) as f64 / 1e9;
+            assert!((0.85..1.05).contains(&(taken_gb / needed_gb)), "{taken_gb} GB of {needed_gb}");
         }
     }
 }
