@@ -118,9 +118,10 @@ fn is_out_of_memory(message: &str) -> bool {
     signs.iter().any(|sign| message.contains(sign))
 }
 
-/// libtorch's messages go on with a C++ backtrace, which helps nobody here.
+/// libtorch's messages go on with a C++ backtrace, or with advice about its allocator, which help nobody here.
 fn first_line(message: &str) -> String {
-    message.trim_start_matches("Internal torch error: ").lines().next().unwrap_or_default().to_owned()
+    let line = message.trim_start_matches("Internal torch error: ").lines().next().unwrap_or_default();
+    line.split(" Of the allocated memory ").next().unwrap_or_default().to_owned()
 }
 
 #[cfg(test)]
@@ -150,6 +151,13 @@ mod tests {
         ] {
             assert!(matches!(doing(message), TrainerError::OutOfMemory { .. }), "{message}");
         }
+        let exhausted = doing(
+            "CUDA out of memory. Tried to allocate 352.00 MiB. GPU 0 has a total capacity of 79.18 GiB of which \
+             326.38 MiB is free. Process 26792 has 48.51 GiB memory in use. Including non-PyTorch memory, this process \
+             has 30.34 GiB memory in use. Of the allocated memory 29.26 GiB is allocated by PyTorch, and 456.21 MiB is \
+             reserved by PyTorch but unallocated. If reserved but unallocated memory is large try setting",
+        );
+        assert!(exhausted.to_string().ends_with("30.34 GiB memory in use.)"), "{exhausted}");
         let other = doing("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`");
         assert!(matches!(other, TrainerError::Libtorch { .. }), "{other}");
     }
