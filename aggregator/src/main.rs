@@ -55,7 +55,7 @@ fn main() -> ExitCode {
 }
 
 fn serve(config: Config) -> anyhow::Result<()> {
-    allocator::give_back_large_buffers();
+    allocator::share_freed_memory();
     consort_common::telemetry::init(config.log.format, &config.log.filter)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(server::serve(config))
