@@ -13,6 +13,8 @@ use serde::Serialize;
 pub(super) enum Alteration {
     /// It is encoded with two bits and decoded again; what that loses is lost.
     TwoBitsWithoutFeedback,
+    /// The same with the largest values only.
+    TopkWithoutFeedback,
     /// Each value is sent with this probability, and is zero otherwise.
     RandomlyDropped(f32),
     /// The same, and what is sent is divided by the probability, so that the mean is right.
@@ -38,10 +40,8 @@ impl Alteration {
 
     fn apply(self, values: &mut [f32], random: &mut ChaCha8Rng) {
         match self {
-            Self::TwoBitsWithoutFeedback => {
-                let payload = Encoding::TwoBit.encode(values);
-                Encoding::TwoBit.codec().decode(&payload, values).expect("what was encoded can be decoded");
-            }
+            Self::TwoBitsWithoutFeedback => encode_and_decode(Encoding::TwoBit, values),
+            Self::TopkWithoutFeedback => encode_and_decode(Encoding::TopK, values),
             Self::RandomlyDropped(kept) => values.iter_mut().for_each(|value| {
                 if random.random::<f32>() >= kept {
                     *value = 0.0;
@@ -60,6 +60,11 @@ impl Alteration {
             Self::Constant(constant) => values.fill(constant),
         }
     }
+}
+
+fn encode_and_decode(encoding: Encoding, values: &mut [f32]) {
+    let payload = encoding.encode(values);
+    encoding.codec().decode(&payload, values).expect("what was encoded can be decoded");
 }
 
 /// A standard normal number (Box and Muller 1958).

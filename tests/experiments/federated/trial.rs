@@ -209,8 +209,10 @@ impl Work {
             .arg(self.corpora.all()?)
             .arg("--out")
             .arg(&model);
-        // As each site has.
+        // In the order in which the only site of a federation takes the text, and with what each site has.
         command.args([
+            "--site",
+            "site-1",
             "--device",
             &device(),
             "--threads",
