@@ -14,7 +14,7 @@
 //! | [`service`] | gRPC: translate, authorise, call the driver | decide anything |
 //! | [`views`] | what people see | write anything |
 //! | [`aligned`] | vectors that begin at a cache line | |
-//! | [`allocator`] | what becomes of large buffers that were freed | |
+//! | [`allocator`] | which threads share the memory that was freed | |
 //! | [`server`], [`config`], [`check`] | the process: configuration, listener, signals, preflight | |
 //! | [`pki`] | certificates for a start; used by the CLI only | run in the server |
 

@@ -3,14 +3,15 @@
 //!
 //! `cargo bench --profile dev -p consort-tests --bench training [-- THREADS] [--bf16]`. With the dev profile, as the
 //! bindings of libtorch take minutes to compile for another one, and what is measured happens in libtorch: the same
-//! version on both sides, with the same threads and `OMP_WAIT_POLICY=passive`. Both programs stay loaded and take turns,
-//! a few steps each, so that both see the same machine; a ratio is the median over turns of ours to theirs. Memory
-//! is the most that each process held, in all. `CONSORT_TEST_DEVICE` chooses the device; on a GPU models are larger, memory
-//! is the most that tensors held of the GPU's, and the utilisation of its peak (MFU) is printed too. A last row is ours
-//! with attention kept within documents beside ours without.
+//! version on both sides, with the same threads and `OMP_WAIT_POLICY=passive`. Both programs stay loaded and take
+//! turns, a few steps each, so that both see the same machine; a ratio is the median over turns of ours to theirs.
+//! Memory is the most that each process held, in all. A last row, in fp32, is ours with attention kept within documents
+//! beside ours without. `--bf16` measures in bf16 beside PyTorch's autocast instead; on the CPU one small model: one
+//! without products in bf16 crawls.
 //!
-//! `--bf16` measures in bf16 beside PyTorch's autocast instead; on the CPU one small model: one without products in
-//! bf16 crawls.
+//! `CONSORT_TEST_DEVICE=cuda` measures larger models on a GPU, where memory is the most that tensors held of the GPU's,
+//! the utilisation of its peak (MFU) is printed, and the last row is in bf16. The Python that the tests make has no
+//! CUDA: name one that has, with torch, in `CONSORT_TEST_PYTHON`.
 
 use std::{
     fs,
@@ -60,7 +61,7 @@ rope_theta = 10000.0
 rms_norm_eps = 1e-5
 tie_word_embeddings = true"#;
 
-const LLAMA_354M: &str = r#"architecture = "llama"
+const LLAMA_360M: &str = r#"architecture = "llama"
 vocab_size = 50257
 hidden_size = 1024
 intermediate_size = 2816
@@ -82,7 +83,7 @@ layer_norm_epsilon = 1e-5"#;
 
 const BF16: &str = "precision = \"bf16\"\n";
 
-const CPU: [Case; 3] = [
+const CASES_CPU: [Case; 3] = [
     Case { name: "llama, 7M", steps: 3, model: LLAMA_7M, batch_size: 8, sequence_length: 256, training: "" },
     Case {
         name: "llama, 124M",
@@ -103,7 +104,7 @@ const CPU: [Case; 3] = [
 ];
 
 /// Small enough for a CPU without products in bf16.
-const CPU_BF16: [Case; 1] = [Case {
+const CASES_CPU_BF16: [Case; 1] = [Case {
     name: "llama, 0.7M",
     steps: 1,
     model: r#"architecture = "llama"
@@ -122,7 +123,7 @@ tie_word_embeddings = true"#,
     training: BF16,
 }];
 
-const GPU: [Case; 1] = [Case {
+const CASES_GPU: [Case; 1] = [Case {
     name: "llama, 124M",
     steps: 5,
     model: LLAMA_124M,
@@ -131,7 +132,7 @@ const GPU: [Case; 1] = [Case {
     training: "",
 }];
 
-const GPU_BF16: [Case; 3] = [
+const CASES_GPU_BF16: [Case; 3] = [
     Case {
         name: "llama, 124M",
         steps: 10,
@@ -149,9 +150,9 @@ const GPU_BF16: [Case; 3] = [
         training: BF16,
     },
     Case {
-        name: "llama, 354M",
+        name: "llama, 360M",
         steps: 5,
-        model: LLAMA_354M,
+        model: LLAMA_360M,
         batch_size: 8,
         sequence_length: 1024,
         training: BF16,
@@ -170,13 +171,14 @@ fn main() {
     println!("                    tokens/s             ratio                  peak memory, GB       MFU");
     println!("model            ours  PyTorch   median (least to most)          ours  PyTorch      ours");
     let cases: &[Case] = match (place.device.as_str(), bf16) {
-        ("cpu", false) => &CPU,
-        ("cpu", true) => &CPU_BF16,
-        (_, false) => &GPU,
-        (_, true) => &GPU_BF16,
+        ("cpu", false) => &CASES_CPU,
+        ("cpu", true) => &CASES_CPU_BF16,
+        (_, false) => &CASES_GPU,
+        (_, true) => &CASES_GPU_BF16,
     };
     let medians: Vec<f64> = cases.iter().map(|case| beside_pytorch(case, &python, &place)).collect();
     println!("mean of the medians: {:.3}", medians.iter().sum::<f64>() / medians.len() as f64);
+    // In the precision that one trains in on such a device.
     if bf16 == (place.device != "cpu") {
         documents_apart(&cases[0], &place);
     }

@@ -1,7 +1,8 @@
 """Makes a virtual environment in which `transformers` runs on the CPU. Usage: environment.py FOLDER
 
 Prints the environment's Python. Does nothing if the environment is there; one that was interrupted is made
-anew. Exits with 77 if packages cannot be had here, after saying why: the caller then skips.
+anew. Where `CONSORT_TEST_PYTHON` names a Python that has torch and transformers, as a comparison on a GPU needs one with
+CUDA, that is printed. Exits with 77 if packages cannot be had here, after saying why: the caller then skips.
 
 The torch package is linked against 2 GB of CUDA libraries, none of which computes anything on a CPU. What is
 called nowhere on a CPU is therefore not downloaded, but replaced: the symbols that torch's Python bindings
@@ -158,6 +159,10 @@ def make(folder, deadline):
 
 
 def main():
+    given = os.environ.get("CONSORT_TEST_PYTHON")
+    if given:
+        print(given)
+        return
     folder = pathlib.Path(sys.argv[1]).absolute()
     deadline = time.monotonic() + SECONDS_MAX
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -179,7 +179,7 @@ impl TestFederation {
             .arg(self.kit(&format!("site-{site}")).join("client.toml"))
             .env("CONSORT_CLIENT_ENDPOINT", endpoint)
             .env("CONSORT_CLIENT_DEVICE__KIND", device())
-            // Runs are compared bit by bit.
+            // Many tests compare runs bit by bit.
             .env("CONSORT_CLIENT_DEVICE__DETERMINISTIC", "true")
             .env("CONSORT_CLIENT_DEVICE__THREADS", "1");
         command

@@ -119,8 +119,8 @@ pub fn set_threads(threads: usize) {
     tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
 }
 
-/// Starts this program anew with what libraries read from the environment only when they are loaded, unless all of it
-/// is set already, to whatever, or the system refuses. To be called first in `main`.
+/// Starts this program anew with what libraries take from the environment alone, some of them when they are loaded,
+/// unless all of it is set already, to whatever, or the system refuses. To be called first in `main`.
 ///
 /// `OMP_WAIT_POLICY=passive` lets the CPU's threads sleep while they wait for each other. By default they spin, which
 /// is no faster, and ruinous when others want the cores: two trainers with 2 threads each on 2 cores made 600 tokens/s
@@ -136,7 +136,8 @@ pub fn set_up_libraries() {
     let mut arguments = std::env::args_os();
     let (Ok(program), Some(name)) = (std::env::current_exe(), arguments.next()) else { return };
     let error = Command::new(program).arg0(name).args(arguments).envs(missing.clone()).exec();
-    tracing::warn!("computing without {missing:?} in the environment: cannot start anew: {error}");
+    let missing: Vec<_> = missing.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    eprintln!("cannot start anew with {} in the environment: {error}", missing.join(" "));
 }
 
 /// The device for people: "cpu (2 threads)", "cuda:0 (NVIDIA H200, 139 GiB)".
@@ -236,8 +237,9 @@ pub fn memory(device: Device) -> Result<Memory, ShimError> {
     }))
 }
 
-/// The most memory that computing took at once, in bytes: on a GPU what this process's tensors held of its memory, on
-/// the CPU all that this process held. `None` where neither libtorch nor the system says.
+/// The most memory that computing took at once, in bytes: on a GPU what this process's tensors held of its memory,
+/// attempts that failed included, on the CPU all that this process held. `None` where neither libtorch nor the system
+/// says.
 pub fn peak_memory(device: Device) -> Option<u64> {
     if let Device::Cuda(index) = device {
         return shim::cuda_peak_memory(index).ok();

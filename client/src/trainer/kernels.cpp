@@ -101,8 +101,8 @@ struct Embedding : Function<Embedding> {
   }
 };
 
-// Room for `rows` rows of logits. On a GPU they begin at multiples of 16 bytes, without which its tensor cores, and so
-// the three products of the head, are several times slower: few vocabularies are multiples of 8.
+// Room for `rows` rows of logits in 16 bits, which begin at multiples of 16 bytes: a GPU's tensor cores want that, and
+// few vocabularies are multiples of 8.
 at::Tensor logits_room(int64_t rows, const at::Tensor& weight) {
   const int64_t vocabulary = weight.size(0);
   return at::empty({rows, (vocabulary + 7) / 8 * 8}, weight.options()).narrow(1, 0, vocabulary);
@@ -117,7 +117,9 @@ struct HeadLoss : Function<HeadLoss> {
     const at::Tensor all = rows_of(hidden.to(weight.scalar_type()));
     at::Tensor below, room;
     if (with_gradients) below = at::empty_like(all);
-    if (all.is_cuda()) room = logits_room(std::min(rows, all.size(0)), weight);
+    if (all.is_cuda() && weight.scalar_type() != at::kFloat) {
+      room = logits_room(std::min(rows, all.size(0)), weight);
+    }
     at::Tensor loss = at::zeros({}, all.options().dtype(at::kFloat));
     for (int64_t start = 0; start < all.size(0); start += rows) {
       const int64_t count = std::min(rows, all.size(0) - start);
@@ -137,7 +139,8 @@ struct HeadLoss : Function<HeadLoss> {
       const at::Tensor at_target = logs.gather(1, index);
       loss.sub_(at_target.mul(counts).sum());
       if (!with_gradients) continue;
-      // d loss / d logits = softmax - one at the target, for rows that count; in the place of what is not needed more.
+      // d loss / d logits = softmax - one at the target, for rows that count; it takes the room of what is not needed
+      // any more.
       at::Tensor slope = logits.scalar_type() == at::kFloat ? logs : logits;
       at::exp_out(slope, logs);
       slope.scatter_(1, index, at_target.exp().sub_(1.0).to(slope.scalar_type()));

@@ -98,9 +98,41 @@ mod tests {
 
     #[track_caller]
     fn assert_near(left: &Tensor, right: &Tensor) {
+        assert_within(1e-5, left, right);
+    }
+
+    #[track_caller]
+    fn assert_within(allowed: f64, left: &Tensor, right: &Tensor) {
         assert_eq!(left.size(), right.size());
         let difference = (left - right).abs().max().double_value(&[]);
-        assert!(difference < 1e-5, "{difference:e}");
+        assert!(difference < allowed, "{difference:e}");
+    }
+
+    /// A leaf in bf16 with the place for its gradient in fp32, and the same weight in fp32 for libtorch.
+    fn rounded(shape: &[i64], seed: i64) -> (Tensor, Tensor, Tensor) {
+        let leaf = values(shape, seed).to_kind(Kind::BFloat16).set_requires_grad(true);
+        let gradient = leaf.detach().ones_like().to_kind(Kind::Float);
+        set_gradient(&leaf, &gradient).unwrap();
+        let plain = leaf.detach().to_kind(Kind::Float).set_requires_grad(true);
+        (leaf, gradient, plain)
+    }
+
+    /// What bf16 loses of numbers of about 1.
+    const BF16_ERROR: f64 = 0.03;
+
+    #[test]
+    fn linear_in_bf16_adds_gradients_in_fp32() {
+        let x = plain(&values(&[2, 5, 6], 1).to_kind(Kind::BFloat16).to_kind(Kind::Float));
+        let (w, gradient, w_plain) = rounded(&[4, 6], 2);
+        let x_plain = plain(&x);
+        let (ours, theirs) = (linear(&x, &w, None).unwrap(), x_plain.linear::<&Tensor>(&w_plain, None));
+        assert_eq!((ours.kind(), gradient.kind()), (Kind::BFloat16, Kind::Float));
+        assert_within(BF16_ERROR, &ours.to_kind(Kind::Float), &theirs);
+        for y in [&ours, &theirs] {
+            (y.to_kind(Kind::Float) * values(&[2, 5, 4], 3)).sum(Kind::Float).backward();
+        }
+        assert_within(BF16_ERROR, &x.grad(), &x_plain.grad());
+        assert_within(BF16_ERROR, &gradient, &(w_plain.grad() + 1.0));
     }
 
     #[test]
@@ -148,12 +180,19 @@ mod tests {
     }
 
     /// Both losses of `rows` rows, one target of which does not count, and both sides' gradients.
-    fn check_head_loss(rows: i64, chunk: i64) {
-        let hidden = plain(&values(&[rows, 6], 1));
-        let (w, gradient) = weight(&[9, 6], 2);
+    fn check_head_loss(kind: Kind, rows: i64, chunk: i64) {
+        let hidden = plain(&values(&[rows, 6], 1).to_kind(kind).to_kind(Kind::Float));
+        let (w, gradient, w_plain) = if kind == Kind::BFloat16 {
+            rounded(&[9, 6], 2)
+        } else {
+            let (w, gradient) = weight(&[9, 6], 2);
+            let w_plain = plain(&w);
+            (w, gradient, w_plain)
+        };
+        let allowed = if kind == Kind::BFloat16 { BF16_ERROR } else { 1e-5 };
         let targets = Tensor::arange(rows, (Kind::Int64, test_device())).remainder(9);
         let _ = targets.narrow(0, 1, 1).fill_(-100);
-        let (hidden_plain, w_plain) = (plain(&hidden), plain(&w));
+        let hidden_plain = plain(&hidden);
         let ours = output(|out| unsafe {
             consort_head_loss(handle(&hidden), handle(&w), handle(&targets), chunk, 0.25, out)
         })
@@ -161,17 +200,19 @@ mod tests {
         let logits = hidden_plain.linear::<&Tensor>(&w_plain, None);
         let sum = tch::Reduction::Sum;
         let theirs = logits.cross_entropy_loss::<&Tensor>(&targets, None, sum, -100, 0.0) * 0.25;
-        assert_near(&ours, &theirs);
+        assert_within(allowed, &ours, &theirs);
         ours.backward();
         theirs.backward();
-        assert_near(&hidden.grad(), &hidden_plain.grad());
-        assert_near(&gradient, &(w_plain.grad() + 1.0));
+        assert_within(allowed, &hidden.grad(), &hidden_plain.grad());
+        assert_within(allowed, &gradient, &(w_plain.grad() + 1.0));
     }
 
     #[test]
     fn the_loss_in_chunks_and_its_gradients_are_those_of_all_logits_at_once() {
-        for (rows, chunk) in [(7, 7), (7, 3), (7, 1), (8, 4), (2, 100)] {
-            check_head_loss(rows, chunk);
+        for kind in [Kind::Float, Kind::BFloat16] {
+            for (rows, chunk) in [(7, 7), (7, 3), (7, 1), (8, 4), (2, 100)] {
+                check_head_loss(kind, rows, chunk);
+            }
         }
     }
 

@@ -4,7 +4,6 @@ use consort_common::{
     model::Architecture,
     spec::{Precision, TrainingSpec},
 };
-
 use tch::Device;
 
 use super::{kernels::logits_max, micro_batch::sequences_cpu};
@@ -17,11 +16,10 @@ const FLOAT: u64 = 4;
 ///
 /// On the CPU, models of 0.8 to 13 million parameters with 2,048 and 8,192 tokens took between 0.9 and 1.2 of it;
 /// LLaMA and MPT with sequences of 2,048, with documents apart and not, between 1.2 and 1.3. On an H100 in bf16, LLaMA
-/// with 124, 354 and 1,320 million parameters and GPT-2 with 124, with 8,192 and 16,384 tokens, took between 0.91 and
-/// 0.99 of it; in fp32, LLaMA with 124 million took 0.91, then with half as many logits at once. A GPU that finds
-/// `micro_batch_size` by itself begins with one sequence. There, in fp32 or with a mask, keys and values that serve a
-/// group of heads are repeated for each of its heads, up to 2 x heads x head width floats per token and block that are
-/// not counted.
+/// with 124, 360 and 1,320 million parameters and GPT-2 with 124, with 8,192 and 16,384 tokens, took between 0.91 and
+/// 0.99 of it. A GPU that finds `micro_batch_size` by itself begins with one sequence. On a GPU, in fp32 or with a
+/// mask, keys and values that serve a group of heads are repeated for each of its heads, up to 2 x heads x head width
+/// floats per token and block that are not counted.
 pub fn memory_bytes_needed(architecture: &Architecture, training: &TrainingSpec, device: Device) -> u64 {
     let parameters = architecture.manifest().parameters();
     let state = 4 * parameters;
@@ -39,7 +37,8 @@ pub fn memory_bytes_needed(architecture: &Architecture, training: &TrainingSpec,
         0 => sequences_cpu(training),
         given => given,
     };
-    let kept = micro_batch as u64 * u64::from(training.sequence_length) * blocks as u64;
+    let tokens = micro_batch as u64 * u64::from(training.sequence_length);
+    let kept = tokens * blocks as u64;
     let bf16 = training.precision == Precision::Bf16;
     // A GPU's kernels keep less of it, in bf16 most of it in two bytes.
     let kept_bytes = match (device.is_cuda(), bf16) {
@@ -47,9 +46,13 @@ pub fn memory_bytes_needed(architecture: &Architecture, training: &TrainingSpec,
         (true, false) => 3 * kept,
         (true, true) => 7 * kept / 4,
     };
-    // The logits that exist at once, and what is made of them: in fp32 twice, and in the weights' precision.
-    let logits_bytes =
-        if device.is_cuda() { logits_max(device) as u64 * if bf16 { 10 } else { 8 } } else { 0 };
+    // The logits that exist at once, their logarithms, and in bf16 a copy in fp32 between them.
+    let logits_bytes = if device.is_cuda() {
+        let logits = (tokens * architecture.vocab_size() as u64).min(logits_max(device) as u64);
+        logits * if bf16 { 10 } else { 8 }
+    } else {
+        0
+    };
     let rounded = if bf16 { 2 * parameters } else { 0 };
     FLOAT * state
         + kept_bytes
@@ -81,7 +84,7 @@ pub fn checkpoint_bytes_needed(architecture: &Architecture) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use consort_common::model::{LlamaConfig, MptConfig};
+    use consort_common::model::{Gpt2Config, LlamaConfig, MptConfig};
 
     use super::*;
 
@@ -119,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gpu_is_asked_for_about_what_an_h100_gave() {
+    fn a_gpu_needs_about_what_was_taken_of_an_h100() {
         let llama = |hidden_size, intermediate_size, num_hidden_layers| {
             Architecture::Llama(LlamaConfig {
                 vocab_size: 50257,
@@ -133,17 +136,25 @@ mod tests {
                 ..LlamaConfig::default()
             })
         };
-        for (architecture, sequences, precision, taken_gb) in [
-            (llama(768, 2048, 12), 16, Precision::Bf16, 10.64),
-            (llama(768, 2048, 12), 16, Precision::Fp32, 15.23),
-            (llama(1024, 2816, 24), 8, Precision::Bf16, 17.26),
-            (llama(2048, 5504, 24), 16, Precision::Bf16, 62.2),
+        let gpt2 = Architecture::Gpt2(Gpt2Config {
+            vocab_size: 50257,
+            n_positions: 1024,
+            n_embd: 768,
+            n_layer: 12,
+            n_head: 12,
+            ..Gpt2Config::default()
+        });
+        for (architecture, sequences, sequence_length, taken_gb) in [
+            (llama(768, 2048, 12), 16, 1024, 10.64),
+            (gpt2, 16, 1024, 9.25),
+            (llama(1024, 2816, 24), 8, 1024, 17.26),
+            (llama(2048, 5504, 24), 8, 2048, 62.2),
         ] {
             let training = TrainingSpec {
                 batch_size: sequences,
                 micro_batch_size: sequences,
-                sequence_length: 1024,
-                precision,
+                sequence_length,
+                precision: Precision::Bf16,
                 ..TrainingSpec::default()
             };
             let needed_gb = memory_bytes_needed(&architecture, &training, Device::Cuda(0)) as f64 / 1e9;

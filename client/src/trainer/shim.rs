@@ -274,7 +274,7 @@ fn check_code(operation: &'static str, code: c_int) -> Result<(), ShimError> {
 }
 
 /// Why the last call into C++ on this thread failed that did.
-pub(super) fn last_error() -> String {
+fn last_error() -> String {
     // SAFETY: after a failure on this thread the shim returns a string that ends in a zero byte and lives
     // until its next failure; it is copied at once.
     let message = unsafe { CStr::from_ptr(consort_last_error()) }.to_string_lossy();

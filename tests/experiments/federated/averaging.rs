@@ -106,7 +106,7 @@ fn compare(work: &Work, start: Start, table: &mut Table, findings: &mut Vec<Find
         series.push(Series::new(name, result.first.curve.clone()));
     };
     row("centralised", &centralised, 0.0);
-    // One site computes as a centralised training does, but for the rounding of its deltas.
+    // One site computes what a centralised training does, but for the rounding of its deltas.
     for (sites, bound) in [(1, 1.0001), (2, 1.01), (4, 1.025), (8, 1.05)] {
         let make = |seed| {
             let trial = work.federated(sites, Split::Mixed, LOCAL_STEPS, seed)?;
@@ -121,7 +121,7 @@ fn compare(work: &Work, start: Start, table: &mut Table, findings: &mut Vec<Find
             experiment: "E1",
             relation: format!("K={sites}, from {from}: loss within {} of centralised", percent(bound)),
             measured: percent(relative),
-            holds: relative <= bound,
+            holds: relative <= bound && (sites > 1 || relative >= 2.0 - bound),
         });
         findings.push(bytes_fall("E1", &format!("K={sites}, from {from}"), &trial, &result)?);
     }

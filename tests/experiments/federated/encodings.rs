@@ -21,7 +21,7 @@ pub(super) fn run(work: &Work) -> Result<Vec<Finding>> {
     for start in [Start::NewWeights, Start::TrainedModel] {
         compare(work, start, &mut table, &mut findings)?;
     }
-    let title = "E2: encodings of deltas, 4 sites. What has no error feedback, or is dropped, is made of fp32 by a gateway.";
+    let title = "E2: encodings of deltas, 4 sites. What has no error feedback, or is dropped, a gateway makes of fp32.";
     table.show(title, &work.path("E2.csv"))?;
     Ok(findings)
 }
