@@ -22,9 +22,17 @@ pub(super) struct BySeed {
 impl BySeed {
     /// Mean over the seeds of the loss relative to that of `other` with the same seed.
     pub(super) fn relative_to(&self, other: &Self) -> f64 {
-        let ratios: Vec<f64> =
-            self.losses.iter().zip(&other.losses).map(|(one, other)| one / other).collect();
-        mean(&ratios)
+        mean(&self.ratios_to(other))
+    }
+
+    /// Whether the loss is above that of `other` with the same seed, by two deviations of their ratio over the seeds.
+    pub(super) fn is_worse_than(&self, other: &Self) -> bool {
+        let ratios = self.ratios_to(other);
+        mean(&ratios) - 2.0 * deviation(&ratios) > 1.0
+    }
+
+    fn ratios_to(&self, other: &Self) -> Vec<f64> {
+        self.losses.iter().zip(&other.losses).map(|(one, other)| one / other).collect()
     }
 }
 

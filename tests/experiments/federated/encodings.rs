@@ -1,6 +1,6 @@
 //! E2: what the encodings of deltas cost in loss, and save in bytes.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use consort_common::codec::Encoding;
 
 use super::{
@@ -14,12 +14,14 @@ use super::{
 
 const SITES: usize = 4;
 
-/// E2: every encoding, and some that the product does not have, made by gateways; from the starts of E1.
+/// E2: every encoding, and some that the product does not have, made by gateways; in the long form from both starts of
+/// E1.
 pub(super) fn run(work: &Work) -> Result<Vec<Finding>> {
     let mut table = Table::new(&["start", "encoding", "loss", "to fp32", "MB up", "times fewer"]);
     let mut findings = Vec::new();
-    for start in [Start::NewWeights, Start::TrainedModel] {
-        compare(work, start, &mut table, &mut findings)?;
+    let starts = [Start::NewWeights, Start::TrainedModel];
+    for start in if work.full { &starts[..] } else { &starts[..1] } {
+        compare(work, *start, &mut table, &mut findings)?;
     }
     let title = "E2: encodings of deltas, 4 sites. What has no error feedback, or is dropped, a gateway makes of fp32.";
     table.show(title, &work.path("E2.csv"))?;
@@ -51,20 +53,20 @@ fn compare(work: &Work, start: Start, table: &mut Table, findings: &mut Vec<Find
             format!("{:.2}", fp32.first.bytes_up / bytes),
         ]);
         series.push(Series::new(name, vec![(bytes / 1e6, of_seeds)]));
-        result.relative_to(&fp32)
     };
     row("fp32", &fp32, fp32.first.bytes_up);
     let mut results = Vec::new();
     for encoding in Encoding::ALL.into_iter().skip(1) {
         let result = encoded(encoding, &seeds)?;
-        let relative = row(encoding.name(), &result, result.first.bytes_up);
-        results.push((encoding, relative, result.first.bytes_up));
+        row(encoding.name(), &result, result.first.bytes_up);
+        results.push((encoding, result));
     }
     let of = |encoding: Encoding| {
-        let found = results.iter().find(|(one, ..)| *one == encoding);
-        found.map_or((f64::NAN, f64::NAN), |(_, relative, bytes)| (*relative, *bytes))
+        let found = results.iter().find(|(one, _)| *one == encoding);
+        found.map(|(_, result)| result).with_context(|| format!("{} was measured", encoding.name()))
     };
-    let ((two_bits, bytes), (topk, topk_bytes)) = (of(Encoding::TwoBit), of(Encoding::TopK));
+    let (two_bits, topk) = (of(Encoding::TwoBit)?, of(Encoding::TopK)?);
+    let (bytes, topk_bytes) = (two_bits.first.bytes_up, topk.first.bytes_up);
     let kept = (bytes / fp32.first.bytes_up) as f32;
     let mut altered = |name: &str, alteration: Alteration, bytes: f64| {
         let label = format!("4 sites, {alteration:?}, from {from}");
@@ -73,7 +75,8 @@ fn compare(work: &Work, start: Start, table: &mut Table, findings: &mut Vec<Find
             trial.alterations = (1..=SITES).map(|site| (site, alteration)).collect();
             Ok(trial)
         })?;
-        anyhow::Ok(row(name, &result, bytes))
+        row(name, &result, bytes);
+        anyhow::Ok(result)
     };
     let two_bits_alone = altered("2bit, no error feedback", Alteration::TwoBitsWithoutFeedback, bytes)?;
     let topk_alone = altered("topk, no error feedback", Alteration::TopkWithoutFeedback, topk_bytes)?;
@@ -94,21 +97,20 @@ fn compare(work: &Work, start: Start, table: &mut Table, findings: &mut Vec<Find
         findings.push(Finding { experiment: "E2", relation, measured: percent(measured), holds });
     };
     for encoding in [Encoding::Int8, Encoding::E3m0] {
-        let (relative, _) = of(encoding);
+        let relative = of(encoding)?.relative_to(&fp32);
         let relation = format!("{} within two deviations of seeds ({:.2} %)", encoding.name(), 200.0 * noise);
         finding(relation, relative, relative <= 1.0 + 2.0 * noise);
     }
-    finding("2bit with error feedback within 1 %".to_owned(), two_bits, two_bits <= 1.01);
-    let worse = |than: f64, measured: f64| measured > than + 2.0 * noise;
-    for (name, with, without) in [("2bit", two_bits, two_bits_alone), ("topk", topk, topk_alone)] {
-        let relation =
-            format!("{name} without error feedback worse than with ({}) by two deviations", percent(with));
-        finding(relation, without, worse(with, without));
-    }
-    for (name, relative) in [("", dropped), (" and rescaling", rescaled)] {
-        let relation =
-            format!("random dropping of the bytes of 2bit{name} worse than 2bit by two deviations");
-        finding(relation, relative, worse(two_bits, relative));
+    let relative = two_bits.relative_to(&fp32);
+    finding("2bit with error feedback within 1 %".to_owned(), relative, relative <= 1.01);
+    for (what, one, other) in [
+        ("2bit without error feedback worse than with", &two_bits_alone, two_bits),
+        ("topk without error feedback worse than with", &topk_alone, topk),
+        ("random dropping of the bytes of 2bit worse than 2bit", &dropped, two_bits),
+        ("random dropping and rescaling worse than 2bit", &rescaled, two_bits),
+    ] {
+        let relation = format!("{what} ({}), seed by seed", percent(other.relative_to(&fp32)));
+        finding(relation, one.relative_to(&fp32), one.is_worse_than(other));
     }
     Ok(())
 }
