@@ -6,7 +6,7 @@
 //! large buffers unmapped when they are freed (`M_MMAP_THRESHOLD`) made it 52 MB, and costs a fault for each page of each
 //! buffer: with a model of 500 MB, half as much processor time again.
 
-/// One for each of two threads at a time, while others wait. One alone was as fast on two cores.
+/// Two threads can allocate at a time, while others wait for a lock. One arena was as fast on two cores.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 const ARENAS_MAX: libc::c_int = 2;
 

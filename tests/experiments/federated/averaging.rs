@@ -25,10 +25,12 @@ impl BySeed {
         mean(&self.ratios_to(other))
     }
 
-    /// Whether the loss is above that of `other` with the same seed, by two deviations of their ratio over the seeds.
-    pub(super) fn is_worse_than(&self, other: &Self) -> bool {
+    /// Whether the loss is above that of `other` with the same seed, by two deviations of their ratio over the seeds;
+    /// of `noise`, where there is one seed.
+    pub(super) fn is_worse_than(&self, other: &Self, noise: f64) -> bool {
         let ratios = self.ratios_to(other);
-        mean(&ratios) - 2.0 * deviation(&ratios) > 1.0
+        let deviation = if ratios.len() > 1 { deviation(&ratios) } else { noise };
+        mean(&ratios) - 2.0 * deviation > 1.0
     }
 
     fn ratios_to(&self, other: &Self) -> Vec<f64> {

@@ -110,7 +110,7 @@ fn compare(work: &Work, start: Start, table: &mut Table, findings: &mut Vec<Find
         ("random dropping and rescaling worse than 2bit", &rescaled, two_bits),
     ] {
         let relation = format!("{what} ({}), seed by seed", percent(other.relative_to(&fp32)));
-        finding(relation, one.relative_to(&fp32), one.is_worse_than(other));
+        finding(relation, one.relative_to(&fp32), one.is_worse_than(other, noise));
     }
     Ok(())
 }

@@ -12,7 +12,7 @@ use super::{
 };
 
 const SITES: usize = 4;
-/// The short form does the first two: one that no norm gives away, and one that it does.
+/// The short form does the first two: one that no norm gives away, and one that its norm does.
 const ATTACKS: [(&str, Alteration); 4] = [
     ("sign flipped", Alteration::SignFlipped),
     ("scaled by 100", Alteration::Scaled(100.0)),
