@@ -29,57 +29,44 @@ struct Case {
     name: &'static str,
     /// Steps of a turn.
     steps: u32,
-    model: &'static str,
+    model: Model,
     batch_size: u32,
     sequence_length: u32,
     /// Further lines of the specification's `[training]`.
     training: &'static str,
 }
 
-// CONTEXT stands for the length of a case's sequences.
-const LLAMA_7M: &str = r#"architecture = "llama"
-vocab_size = 4096
-hidden_size = 288
-intermediate_size = 768
-num_hidden_layers = 6
-num_attention_heads = 6
-num_key_value_heads = 6
-max_position_embeddings = CONTEXT
-rope_theta = 10000.0
-rms_norm_eps = 1e-5
-tie_word_embeddings = true"#;
+enum Model {
+    Llama { vocab_size: u32, hidden_size: u32, intermediate_size: u32, layers: u32, heads: u32 },
+    Gpt2 { vocab_size: u32, hidden_size: u32, layers: u32, heads: u32 },
+}
 
-const LLAMA_124M: &str = r#"architecture = "llama"
-vocab_size = 50257
-hidden_size = 768
-intermediate_size = 2048
-num_hidden_layers = 12
-num_attention_heads = 12
-num_key_value_heads = 12
-max_position_embeddings = CONTEXT
-rope_theta = 10000.0
-rms_norm_eps = 1e-5
-tie_word_embeddings = true"#;
+const LLAMA_7M: Model =
+    Model::Llama { vocab_size: 4096, hidden_size: 288, intermediate_size: 768, layers: 6, heads: 6 };
+const LLAMA_124M: Model =
+    Model::Llama { vocab_size: 50257, hidden_size: 768, intermediate_size: 2048, layers: 12, heads: 12 };
+const LLAMA_360M: Model =
+    Model::Llama { vocab_size: 50257, hidden_size: 1024, intermediate_size: 2816, layers: 24, heads: 16 };
+const GPT2_124M: Model = Model::Gpt2 { vocab_size: 50257, hidden_size: 768, layers: 12, heads: 12 };
 
-const LLAMA_360M: &str = r#"architecture = "llama"
-vocab_size = 50257
-hidden_size = 1024
-intermediate_size = 2816
-num_hidden_layers = 24
-num_attention_heads = 16
-num_key_value_heads = 16
-max_position_embeddings = CONTEXT
-rope_theta = 10000.0
-rms_norm_eps = 1e-5
-tie_word_embeddings = true"#;
-
-const GPT2_124M: &str = r#"architecture = "gpt2"
-vocab_size = 50257
-n_positions = CONTEXT
-n_embd = 768
-n_layer = 12
-n_head = 12
-layer_norm_epsilon = 1e-5"#;
+impl Model {
+    /// The specification's `[model]`, for sequences of `length`.
+    fn table(&self, length: u32) -> String {
+        match self {
+            Self::Llama { vocab_size, hidden_size, intermediate_size, layers, heads } => format!(
+                "architecture = \"llama\"\nvocab_size = {vocab_size}\nhidden_size = {hidden_size}\n\
+                 intermediate_size = {intermediate_size}\nnum_hidden_layers = {layers}\n\
+                 num_attention_heads = {heads}\nnum_key_value_heads = {heads}\n\
+                 max_position_embeddings = {length}\nrope_theta = 10000.0\nrms_norm_eps = 1e-5\n\
+                 tie_word_embeddings = true"
+            ),
+            Self::Gpt2 { vocab_size, hidden_size, layers, heads } => format!(
+                "architecture = \"gpt2\"\nvocab_size = {vocab_size}\nn_positions = {length}\n\
+                 n_embd = {hidden_size}\nn_layer = {layers}\nn_head = {heads}\nlayer_norm_epsilon = 1e-5"
+            ),
+        }
+    }
+}
 
 const BF16: &str = "precision = \"bf16\"\n";
 
@@ -107,17 +94,7 @@ const CASES_CPU: [Case; 3] = [
 const CASES_CPU_BF16: [Case; 1] = [Case {
     name: "llama, 0.7M",
     steps: 1,
-    model: r#"architecture = "llama"
-vocab_size = 1024
-hidden_size = 128
-intermediate_size = 384
-num_hidden_layers = 2
-num_attention_heads = 4
-num_key_value_heads = 4
-max_position_embeddings = CONTEXT
-rope_theta = 10000.0
-rms_norm_eps = 1e-5
-tie_word_embeddings = true"#,
+    model: Model::Llama { vocab_size: 1024, hidden_size: 128, intermediate_size: 384, layers: 2, heads: 4 },
     batch_size: 4,
     sequence_length: 128,
     training: BF16,
@@ -194,7 +171,7 @@ impl Case {
     /// Writes its specification into `folder`, with these further lines of `[training]`.
     fn write(&self, folder: &Path, name: &str, training: &str) -> PathBuf {
         let Self { model, batch_size, sequence_length, .. } = self;
-        let model = model.replace("CONTEXT", &sequence_length.to_string());
+        let model = model.table(*sequence_length);
         let text = format!(
             "name = \"bench\"\nrounds = 1\n[model]\n{model}\n[training]\nbatch_size = {batch_size}\n\
              sequence_length = {sequence_length}\ngradient_clip = 1.0\n{training}"
