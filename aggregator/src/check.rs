@@ -5,7 +5,7 @@ use std::{fs, net::TcpListener, path::Path, time::SystemTime};
 
 use consort_common::{identity::Role, tls::Credentials, units};
 
-use crate::{config::Config, storage::Storage};
+use crate::{config::Config, storage::Storage, store::Store};
 
 /// Free space below which a warning is due beside the configured reserve: room for a small model's rounds.
 const COMFORTABLE_BYTES: u64 = 5 << 30;
@@ -16,6 +16,7 @@ pub fn run(config: &Config) -> bool {
         ("certificate", credentials(config)),
         ("state directory", state_directory(&config.state_directory)),
         ("disk space", disk_space(config)),
+        ("database", database(config)),
         ("storage", storage(config)),
         ("listen", listen(config)),
     ];
@@ -69,10 +70,19 @@ fn disk_space(config: &Config) -> Result<String, String> {
     Ok(text + advice)
 }
 
-fn storage(config: &Config) -> Result<String, String> {
+fn database(config: &Config) -> Result<String, String> {
+    let location = config.database.location(&config.state_directory);
+    runtime()?.block_on(Store::reach(&location)).map_err(|error| error.to_string())
+}
+
+/// For what is reached over the network.
+fn runtime() -> Result<tokio::runtime::Runtime, String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| format!("cannot start a runtime to reach the storage: {error}"))?;
-    match runtime.block_on(Storage::reach(&config.storage)) {
+    runtime.map_err(|error| format!("cannot start a runtime: {error}"))
+}
+
+fn storage(config: &Config) -> Result<String, String> {
+    match runtime()?.block_on(Storage::reach(&config.storage)) {
         Ok(None) => Ok("deltas and checkpoints are kept in the state directory".to_owned()),
         Ok(Some(_)) => Ok(format!("{} can be written, read, listed and cleared", config.storage.url)),
         Err(error) => Err(error.to_string()),

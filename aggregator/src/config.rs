@@ -14,8 +14,9 @@ use figment::{
     providers::{Env, Format, Serialized, Toml},
 };
 use serde::{Deserialize, Serialize};
+use sqlx::any::AnyConnectOptions;
 
-use crate::spool::SpoolLimits;
+use crate::{spool::SpoolLimits, store::Location};
 
 /// Prefix of the environment variables that override the file.
 pub const ENVIRONMENT_PREFIX: &str = "CONSORT_AGGREGATOR_";
@@ -33,12 +34,63 @@ pub struct Config {
     pub state_directory: PathBuf,
     /// This aggregator's certificate, its key, the federation's CA.
     pub tls: CredentialFiles,
+    /// The database, if not a file in the state directory.
+    pub database: Database,
     /// Where uploaded deltas wait and checkpoints are published, if not in the state directory alone.
     pub storage: Storage,
     /// Bounds that protect the machine.
     pub limits: Limits,
     /// What is logged, to standard error.
     pub log: Log,
+}
+
+/// The database. A password comes from the environment.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Database {
+    /// `postgres://USER@HOST:PORT/DATABASE`; empty: SQLite in the state directory.
+    pub url: String,
+}
+
+impl Database {
+    /// What the URL may say after a question mark.
+    const PARAMETERS: [&str; 5] = ["host", "sslmode", "sslrootcert", "sslcert", "sslkey"];
+
+    /// Where it is.
+    pub fn location(&self, state_directory: &Path) -> Location {
+        if self.url.is_empty() {
+            Location::File(state_directory.join("consort.db"))
+        } else {
+            Location::Server(self.url.clone())
+        }
+    }
+
+    fn check(&self, problems: &mut String) {
+        if self.url.is_empty() {
+            return;
+        }
+        let url = match self.url.parse::<AnyConnectOptions>() {
+            Ok(options) if ["postgres", "postgresql"].contains(&options.database_url.scheme()) => {
+                options.database_url
+            }
+            _ => {
+                *problems +=
+                    "\n  database.url: must be postgres://USER@HOST:PORT/DATABASE, or empty for SQLite";
+                return;
+            }
+        };
+        for (key, _) in url.query_pairs().filter(|(key, _)| !Self::PARAMETERS.contains(&key.as_ref())) {
+            // One that is misspelt would be passed over, and TLS with it.
+            *problems += &format!(
+                "\n  database.url: has the parameter {key}; allowed: {}",
+                Self::PARAMETERS.join(", ")
+            );
+        }
+        // It would be seen in logs, and by whoever may read the file.
+        if url.password().is_some() {
+            *problems += "\n  database.url: holds a password; give that in PGPASSWORD, or in the file that PGPASSFILE names";
+        }
+    }
 }
 
 /// Where uploaded deltas wait and checkpoints are published. Credentials come from the environment.
@@ -148,6 +200,7 @@ impl Default for Config {
                 key: "key.pem".into(),
                 ca: "ca.pem".into(),
             },
+            database: Database::default(),
             storage: Storage::default(),
             limits: Limits::default(),
             log: Log::default(),
@@ -219,6 +272,7 @@ impl Config {
 
     fn check(&self) -> Result<(), String> {
         let mut problems = String::new();
+        self.database.check(&mut problems);
         self.storage.check(&mut problems);
         for (key, value) in [
             ("limits.stall_seconds", self.limits.stall_seconds),
@@ -266,6 +320,13 @@ mod tests {
             ("lisen = '0.0.0.0:1'", "lisen"),
             ("[limits]\nuploads_max = 'many'", "uploads_max"),
             ("[limits]\nstall_seconds = 0", "limits.stall_seconds"),
+            ("[database]\nurl = 'mysql://db/consort'", "database.url: must be"),
+            ("[database]\nurl = 'db/consort'", "database.url: must be"),
+            ("[database]\nurl = 'postgres://consort:secret@db/consort'", "PGPASSWORD"),
+            (
+                "[database]\nurl = 'postgres://db/consort?ssl_mode=verify-full'",
+                "parameter ssl_mode; allowed: host",
+            ),
             ("[storage]\nurl = '/srv/spool'", "storage.url"),
             ("[storage]\nurl = 's3:///prefix'", "storage.url"),
             ("[storage]\nendpoint = 'https://minio:9000'", "storage.endpoint: is set without storage.url"),
@@ -274,6 +335,14 @@ mod tests {
             let message = load(toml).unwrap_err().to_string();
             assert!(message.contains(word), "{message}");
         }
+    }
+
+    #[test]
+    fn a_database_is_a_file_of_the_state_directory_or_at_a_server() {
+        let location = |toml: &str| load(toml).unwrap().database.location(Path::new("/state"));
+        assert_eq!(location(""), Location::File("/state/consort.db".into()));
+        let url = "postgresql://consort@db:5433/consort?sslmode=verify-full";
+        assert_eq!(location(&format!("[database]\nurl = '{url}'")), Location::Server(url.to_owned()));
     }
 
     #[test]

@@ -13,6 +13,7 @@ pub mod line;
 pub mod load;
 pub mod machine;
 pub mod phases;
+pub mod postgres;
 pub mod process;
 pub mod proxy;
 pub mod python;

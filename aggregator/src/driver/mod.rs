@@ -164,7 +164,7 @@ impl Driver {
         let directory = &config.state_directory;
         let lock = lock_directory(directory).await?;
         let storage = Storage::open(&config.storage, directory).await?;
-        let store = Store::open(&directory.join("consort.db")).await?;
+        let store = Store::open(&config.database.location(directory)).await?;
         let spool = match storage.clone() {
             Some(storage) => Spool::in_storage(storage, config.limits.spool()).await?,
             None => Spool::new(directory.join("spool"), config.limits.spool()),

@@ -4,11 +4,11 @@ use consort_common::{
     ids::{RunName, SiteName},
     units::UnixMs,
 };
-use sqlx::sqlite::SqliteRow;
+use sqlx::any::AnyRow;
 
 use super::{
-    Store, StoreError, commit,
-    values::{Columns, count},
+    Store, StoreError,
+    values::{Columns, count, sorted, storable},
 };
 
 /// A site that joined.
@@ -43,7 +43,7 @@ impl Store {
     /// Records that a site was heard of: it is new, or everything but `first_seen_ms` is updated.
     pub async fn upsert_client(&self, client: &ClientRow) -> Result<(), StoreError> {
         const ATTEMPT: &str = "record a client";
-        let mut transaction = self.begin(ATTEMPT).await?;
+        let mut transaction = self.connections.begin(ATTEMPT).await?;
         sqlx::query(
             "INSERT INTO clients (site, first_seen_ms, last_seen_ms, device, software_version) \
              VALUES ($1, $2, $3, $4, $5) ON CONFLICT (site) DO UPDATE SET last_seen_ms = excluded.last_seen_ms, \
@@ -52,28 +52,28 @@ impl Store {
         .bind(client.site.as_str())
         .bind(count("clients.first_seen_ms", client.first_seen_ms)?)
         .bind(count("clients.last_seen_ms", client.last_seen_ms)?)
-        .bind(&client.device)
-        .bind(&client.software_version)
+        .bind(storable(&client.device))
+        .bind(storable(&client.software_version))
         .execute(&mut *transaction)
         .await
         .map_err(StoreError::of(ATTEMPT))?;
-        commit(transaction, ATTEMPT).await
+        transaction.commit(ATTEMPT).await
     }
 
     /// Every site that ever joined, by name.
     pub async fn clients(&self) -> Result<Vec<ClientRow>, StoreError> {
-        let rows = sqlx::query("SELECT * FROM clients ORDER BY site")
-            .fetch_all(&self.readers)
+        let rows = sqlx::query("SELECT * FROM clients")
+            .fetch_all(&self.connections.readers)
             .await
             .map_err(StoreError::of("list the clients"))?;
-        rows.iter().map(client_row).collect()
+        sorted(rows.iter().map(client_row), |client| client.site.clone())
     }
 
     /// One site.
     pub async fn client(&self, site: &SiteName) -> Result<Option<ClientRow>, StoreError> {
         let row = sqlx::query("SELECT * FROM clients WHERE site = $1")
             .bind(site.as_str())
-            .fetch_optional(&self.readers)
+            .fetch_optional(&self.connections.readers)
             .await
             .map_err(StoreError::of("read a client"))?;
         row.as_ref().map(client_row).transpose()
@@ -82,7 +82,7 @@ impl Store {
     /// Records what a site has prepared for a run, in place of its last report.
     pub async fn upsert_run_site(&self, run: &RunName, row: &RunSiteRow) -> Result<(), StoreError> {
         const ATTEMPT: &str = "record what a site has prepared";
-        let mut transaction = self.begin(ATTEMPT).await?;
+        let mut transaction = self.connections.begin(ATTEMPT).await?;
         sqlx::query(
             "INSERT INTO run_sites (run, site, train_tokens, held_out_tokens, documents) VALUES ($1, $2, $3, $4, $5) \
              ON CONFLICT (run, site) DO UPDATE SET train_tokens = excluded.train_tokens, \
@@ -96,21 +96,21 @@ impl Store {
         .execute(&mut *transaction)
         .await
         .map_err(StoreError::of(ATTEMPT))?;
-        commit(transaction, ATTEMPT).await
+        transaction.commit(ATTEMPT).await
     }
 
     /// What sites have prepared for a run, by site.
     pub async fn run_sites(&self, run: &RunName) -> Result<Vec<RunSiteRow>, StoreError> {
-        let rows = sqlx::query("SELECT * FROM run_sites WHERE run = $1 ORDER BY site")
+        let rows = sqlx::query("SELECT * FROM run_sites WHERE run = $1")
             .bind(run.as_str())
-            .fetch_all(&self.readers)
+            .fetch_all(&self.connections.readers)
             .await
             .map_err(StoreError::of("list a run's sites"))?;
-        rows.iter().map(run_site_row).collect()
+        sorted(rows.iter().map(run_site_row), |row| row.site.clone())
     }
 }
 
-fn client_row(row: &SqliteRow) -> Result<ClientRow, StoreError> {
+fn client_row(row: &AnyRow) -> Result<ClientRow, StoreError> {
     let row = Columns(row);
     Ok(ClientRow {
         site: row.parsed("site")?,
@@ -121,7 +121,7 @@ fn client_row(row: &SqliteRow) -> Result<ClientRow, StoreError> {
     })
 }
 
-fn run_site_row(row: &SqliteRow) -> Result<RunSiteRow, StoreError> {
+fn run_site_row(row: &AnyRow) -> Result<RunSiteRow, StoreError> {
     let row = Columns(row);
     Ok(RunSiteRow {
         site: row.parsed("site")?,

@@ -6,11 +6,11 @@ use consort_common::{
     spec::STALENESS_MAX,
     units::UnixMs,
 };
-use sqlx::{SqliteConnection, sqlite::SqliteRow};
+use sqlx::{AnyConnection, any::AnyRow};
 
 use super::{
     Store, StoreError,
-    values::{Columns, count, finite},
+    values::{Columns, KEEPS_FLOATS_THAT_MAY_BE_NULL, count, finite, sorted},
 };
 use crate::engine::Treatment;
 
@@ -60,16 +60,15 @@ impl Store {
     pub async fn contributions(&self, run: &RunName, round: u32) -> Result<Vec<ContributionRow>, StoreError> {
         // The first condition on the round finds the rows by the table's key.
         let rows = sqlx::query(
-            "SELECT * FROM contributions WHERE run = $1 AND round BETWEEN $2 - $3 AND $2 AND round + age = $2 \
-             ORDER BY site, round",
+            "SELECT * FROM contributions WHERE run = $1 AND round BETWEEN $2 - $3 AND $2 AND round + age = $2",
         )
         .bind(run.as_str())
         .bind(i64::from(round))
         .bind(i64::from(STALENESS_MAX))
-        .fetch_all(&self.readers)
+        .fetch_all(&self.connections.readers)
         .await
         .map_err(StoreError::of("list a round's contributions"))?;
-        rows.iter().map(contribution_row).collect()
+        sorted(rows.iter().map(contribution_row), |row| (row.site.clone(), row.round))
     }
 
     /// A site's newest contributions over all runs, newest first.
@@ -83,7 +82,7 @@ impl Store {
         )
         .bind(site.as_str())
         .bind(i64::from(limit))
-        .fetch_all(&self.readers)
+        .fetch_all(&self.connections.readers)
         .await
         .map_err(StoreError::of("list a site's contributions"))?;
         rows.iter().map(contribution_row).collect()
@@ -92,7 +91,7 @@ impl Store {
 
 /// Records a delta, in place of one that the site delivered for the same round before.
 pub(super) async fn insert_contribution(
-    connection: &mut SqliteConnection,
+    connection: &mut AnyConnection,
     run: &RunName,
     row: &ContributionRow,
 ) -> Result<(), StoreError> {
@@ -119,6 +118,7 @@ pub(super) async fn insert_contribution(
     .bind(row.delta_digest.to_string())
     .bind(count("contributions.accepted_ms", row.accepted_ms)?)
     .bind(i64::from(row.age))
+    .persistent(KEEPS_FLOATS_THAT_MAY_BE_NULL)
     .execute(connection)
     .await
     .map_err(StoreError::of("record a contribution"))?;
@@ -127,7 +127,7 @@ pub(super) async fn insert_contribution(
 
 /// Records what became of a contribution.
 pub(super) async fn set_treatment(
-    connection: &mut SqliteConnection,
+    connection: &mut AnyConnection,
     run: &RunName,
     treatment: &Treatment,
 ) -> Result<(), StoreError> {
@@ -144,6 +144,7 @@ pub(super) async fn set_treatment(
     .bind(optional("contributions.measured_norm", *norm)?)
     .bind(optional("contributions.clip", *clip)?)
     .bind(selected.map(i64::from))
+    .persistent(KEEPS_FLOATS_THAT_MAY_BE_NULL)
     .execute(connection)
     .await
     .map_err(StoreError::of("commit a round"))?;
@@ -154,7 +155,7 @@ pub(super) async fn set_treatment(
     }
 }
 
-fn contribution_row(row: &SqliteRow) -> Result<ContributionRow, StoreError> {
+fn contribution_row(row: &AnyRow) -> Result<ContributionRow, StoreError> {
     let row = Columns(row);
     Ok(ContributionRow {
         site: row.parsed("site")?,

@@ -1,11 +1,11 @@
 //! What happened in a run, in sentences.
 
 use consort_common::{ids::RunName, units::UnixMs};
-use sqlx::{SqliteConnection, sqlite::SqliteRow};
+use sqlx::{AnyConnection, any::AnyRow};
 
 use super::{
-    Store, StoreError, commit,
-    values::{Columns, count},
+    Store, StoreError,
+    values::{Columns, count, storable},
 };
 
 /// Events that are kept per run, newest first.
@@ -26,9 +26,9 @@ impl Store {
     /// Records an event that is not part of a step of the round engine.
     pub async fn add_event(&self, run: &RunName, time_ms: UnixMs, text: &str) -> Result<(), StoreError> {
         const ATTEMPT: &str = "record an event";
-        let mut transaction = self.begin(ATTEMPT).await?;
+        let mut transaction = self.connections.begin(ATTEMPT).await?;
         insert_event(&mut transaction, run, time_ms, text).await?;
-        commit(transaction, ATTEMPT).await
+        transaction.commit(ATTEMPT).await
     }
 
     /// The run's events with an id above `id`, oldest first, at most `limit`: the newest of them.
@@ -42,7 +42,7 @@ impl Store {
             .bind(run.as_str())
             .bind(count("events.id", id)?)
             .bind(i64::from(limit))
-            .fetch_all(&self.readers)
+            .fetch_all(&self.connections.readers)
             .await
             .map_err(StoreError::of("list a run's events"))?;
         rows.iter().rev().map(event_row).collect()
@@ -52,7 +52,7 @@ impl Store {
 /// Adds an event and removes the one that is too many. The newest is never removed, so its id plus one is
 /// free.
 pub(super) async fn insert_event(
-    connection: &mut SqliteConnection,
+    connection: &mut AnyConnection,
     run: &RunName,
     time_ms: UnixMs,
     text: &str,
@@ -63,7 +63,7 @@ pub(super) async fn insert_event(
     )
     .bind(run.as_str())
     .bind(count("events.time_ms", time_ms)?)
-    .bind(text)
+    .bind(storable(text))
     .execute(&mut *connection)
     .await
     .map_err(StoreError::of("record an event"))?;
@@ -78,7 +78,7 @@ pub(super) async fn insert_event(
     Ok(())
 }
 
-fn event_row(row: &SqliteRow) -> Result<EventRow, StoreError> {
+fn event_row(row: &AnyRow) -> Result<EventRow, StoreError> {
     let row = Columns(row);
     Ok(EventRow { id: row.count("id")?, time_ms: row.count("time_ms")?, text: row.text("text")? })
 }

@@ -1,10 +1,10 @@
 //! One step of the round engine as one transaction: its new state and the records that it produced.
 
 use consort_common::{ids::RunName, units::UnixMs};
-use sqlx::SqliteConnection;
+use sqlx::AnyConnection;
 
 use super::{
-    Store, StoreError, commit, contributions,
+    Store, StoreError, contributions,
     contributions::ContributionRow,
     events, rounds,
     rounds::{CheckpointRow, EvaluationRow, RoundCommit},
@@ -51,7 +51,7 @@ impl Store {
         records: &[Record],
     ) -> Result<(), StoreError> {
         const ATTEMPT: &str = "store a run's state";
-        let mut transaction = self.begin(ATTEMPT).await?;
+        let mut transaction = self.connections.begin(ATTEMPT).await?;
         let updated = sqlx::query("UPDATE runs SET state_json = $2 WHERE name = $1")
             .bind(run.as_str())
             .bind(state_json)
@@ -64,12 +64,12 @@ impl Store {
         for record in records {
             save_record(&mut transaction, run, record).await?;
         }
-        commit(transaction, ATTEMPT).await
+        transaction.commit(ATTEMPT).await
     }
 }
 
 async fn save_record(
-    connection: &mut SqliteConnection,
+    connection: &mut AnyConnection,
     run: &RunName,
     record: &Record,
 ) -> Result<(), StoreError> {
@@ -92,7 +92,7 @@ async fn save_record(
 }
 
 async fn set_time(
-    connection: &mut SqliteConnection,
+    connection: &mut AnyConnection,
     run: &RunName,
     sql: &str,
     time_ms: UnixMs,

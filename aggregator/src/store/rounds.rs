@@ -6,11 +6,11 @@ use consort_common::{
     ids::{Digest, RunName, SiteName},
     units::UnixMs,
 };
-use sqlx::{SqliteConnection, sqlite::SqliteRow};
+use sqlx::{AnyConnection, any::AnyRow};
 
 use super::{
     Store, StoreError, contributions,
-    values::{Columns, count, finite},
+    values::{Columns, KEEPS_FLOATS_THAT_MAY_BE_NULL, count, finite, sorted},
 };
 use crate::engine::{RoundStatistics, TensorNorms, Treatment};
 
@@ -110,7 +110,7 @@ impl Store {
     pub async fn rounds(&self, run: &RunName) -> Result<Vec<RoundRow>, StoreError> {
         let rows = sqlx::query(&format!("{SELECT_ROUND} WHERE rounds.run = $1 ORDER BY rounds.round"))
             .bind(run.as_str())
-            .fetch_all(&self.readers)
+            .fetch_all(&self.connections.readers)
             .await
             .map_err(StoreError::of("list a run's rounds"))?;
         rows.iter().map(round_row).collect()
@@ -121,7 +121,7 @@ impl Store {
         let row = sqlx::query(&format!("{SELECT_ROUND} WHERE rounds.run = $1 AND rounds.round = $2"))
             .bind(run.as_str())
             .bind(i64::from(round))
-            .fetch_optional(&self.readers)
+            .fetch_optional(&self.connections.readers)
             .await
             .map_err(StoreError::of("read a round"))?;
         row.as_ref().map(round_row).transpose()
@@ -133,10 +133,10 @@ impl Store {
         let row = sqlx::query("SELECT norms FROM round_tensors WHERE run = $1 AND round = $2")
             .bind(run.as_str())
             .bind(i64::from(round))
-            .fetch_optional(&self.readers)
+            .fetch_optional(&self.connections.readers)
             .await
             .map_err(StoreError::of("read a round's tensors"))?;
-        let norms = |row: SqliteRow| Columns(&row).known("norms", |text| serde_json::from_str(text).ok());
+        let norms = |row: AnyRow| Columns(&row).known("norms", |text| serde_json::from_str(text).ok());
         row.map_or_else(|| Ok(Vec::new()), norms)
     }
 
@@ -145,28 +145,28 @@ impl Store {
         let row =
             sqlx::query("SELECT run, round FROM rounds WHERE digest = $1 ORDER BY committed_ms, run LIMIT 1")
                 .bind(digest.to_string())
-                .fetch_optional(&self.readers)
+                .fetch_optional(&self.connections.readers)
                 .await
                 .map_err(StoreError::of("look for a model"))?;
-        let version = |row: SqliteRow| Ok((Columns(&row).parsed("run")?, Columns(&row).count("round")?));
+        let version = |row: AnyRow| Ok((Columns(&row).parsed("run")?, Columns(&row).count("round")?));
         row.map(version).transpose()
     }
 
     /// The run's evaluations, by version and site.
     pub async fn evaluations(&self, run: &RunName) -> Result<Vec<EvaluationRow>, StoreError> {
-        let rows = sqlx::query("SELECT * FROM evaluations WHERE run = $1 ORDER BY version, site")
+        let rows = sqlx::query("SELECT * FROM evaluations WHERE run = $1")
             .bind(run.as_str())
-            .fetch_all(&self.readers)
+            .fetch_all(&self.connections.readers)
             .await
             .map_err(StoreError::of("list a run's evaluations"))?;
-        rows.iter().map(evaluation_row).collect()
+        sorted(rows.iter().map(evaluation_row), |row| (row.version, row.site.clone()))
     }
 
     /// The run's published checkpoints, by version.
     pub async fn checkpoints(&self, run: &RunName) -> Result<Vec<CheckpointRow>, StoreError> {
         let rows = sqlx::query("SELECT * FROM checkpoints WHERE run = $1 ORDER BY version")
             .bind(run.as_str())
-            .fetch_all(&self.readers)
+            .fetch_all(&self.connections.readers)
             .await
             .map_err(StoreError::of("list a run's checkpoints"))?;
         rows.iter().map(checkpoint_row).collect()
@@ -175,7 +175,7 @@ impl Store {
 
 /// The round's commit point: its row, what became of the deltas, and the run's new version.
 pub(super) async fn commit_round(
-    connection: &mut SqliteConnection,
+    connection: &mut AnyConnection,
     run: &RunName,
     commit: &RoundCommit,
 ) -> Result<(), StoreError> {
@@ -200,7 +200,7 @@ pub(super) async fn commit_round(
 }
 
 async fn insert_round(
-    connection: &mut SqliteConnection,
+    connection: &mut AnyConnection,
     run: &RunName,
     row: &RoundRow,
 ) -> Result<(), StoreError> {
@@ -228,6 +228,7 @@ async fn insert_round(
     .bind(optional("rounds.momentum_norm", statistics.and_then(|one| one.momentum_norm))?)
     .bind(optional("rounds.update_cosine", statistics.and_then(|one| one.update_cosine))?)
     .bind(optional("rounds.spread", statistics.and_then(|one| one.spread))?)
+    .persistent(KEEPS_FLOATS_THAT_MAY_BE_NULL)
     .execute(connection)
     .await
     .map_err(StoreError::of("commit a round"))?;
@@ -235,7 +236,7 @@ async fn insert_round(
 }
 
 async fn insert_tensors(
-    connection: &mut SqliteConnection,
+    connection: &mut AnyConnection,
     run: &RunName,
     round: u32,
     tensors: &[TensorNorms],
@@ -255,7 +256,7 @@ async fn insert_tensors(
 }
 
 pub(super) async fn upsert_evaluation(
-    connection: &mut SqliteConnection,
+    connection: &mut AnyConnection,
     run: &RunName,
     row: &EvaluationRow,
 ) -> Result<(), StoreError> {
@@ -277,7 +278,7 @@ pub(super) async fn upsert_evaluation(
 }
 
 pub(super) async fn upsert_checkpoint(
-    connection: &mut SqliteConnection,
+    connection: &mut AnyConnection,
     run: &RunName,
     row: &CheckpointRow,
 ) -> Result<(), StoreError> {
@@ -303,7 +304,7 @@ pub(super) async fn upsert_checkpoint(
 }
 
 pub(super) async fn delete_checkpoint(
-    connection: &mut SqliteConnection,
+    connection: &mut AnyConnection,
     run: &RunName,
     version: u32,
 ) -> Result<(), StoreError> {
@@ -316,7 +317,7 @@ pub(super) async fn delete_checkpoint(
     Ok(())
 }
 
-fn round_row(row: &SqliteRow) -> Result<RoundRow, StoreError> {
+fn round_row(row: &AnyRow) -> Result<RoundRow, StoreError> {
     let row = Columns(row);
     Ok(RoundRow {
         round: row.count("round")?,
@@ -346,7 +347,7 @@ fn statistics(row: &Columns<'_>) -> Result<Option<RoundStatistics>, StoreError> 
     }))
 }
 
-fn evaluation_row(row: &SqliteRow) -> Result<EvaluationRow, StoreError> {
+fn evaluation_row(row: &AnyRow) -> Result<EvaluationRow, StoreError> {
     let row = Columns(row);
     Ok(EvaluationRow {
         version: row.count("version")?,
@@ -357,7 +358,7 @@ fn evaluation_row(row: &SqliteRow) -> Result<EvaluationRow, StoreError> {
     })
 }
 
-fn checkpoint_row(row: &SqliteRow) -> Result<CheckpointRow, StoreError> {
+fn checkpoint_row(row: &AnyRow) -> Result<CheckpointRow, StoreError> {
     let row = Columns(row);
     Ok(CheckpointRow {
         version: row.count("version")?,

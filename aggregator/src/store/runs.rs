@@ -4,12 +4,12 @@ use consort_common::{
     ids::{Digest, RunName},
     units::UnixMs,
 };
-use sqlx::sqlite::SqliteRow;
+use sqlx::any::AnyRow;
 
 use super::{
-    Store, StoreError, commit,
+    Store, StoreError,
     error::is_taken,
-    values::{Columns, count},
+    values::{Columns, count, sorted, storable},
 };
 
 /// The model that a run starts from, where that is not the seed's.
@@ -98,7 +98,7 @@ impl Store {
     /// [`StoreError::RunExists`], or the database's.
     pub async fn create_run(&self, run: &NewRun) -> Result<(), StoreError> {
         const ATTEMPT: &str = "record a new run";
-        let mut transaction = self.begin(ATTEMPT).await?;
+        let mut transaction = self.connections.begin(ATTEMPT).await?;
         let inserted = sqlx::query(
             "INSERT INTO runs (name, spec_toml, spec_digest, manifest_digest, tokenizer_digest, architecture, \
              parameters, state_json, version, version_digest, created_ms, start_origin, start_digest) \
@@ -114,31 +114,31 @@ impl Store {
         .bind(&run.state_json)
         .bind(run.version_digest.to_string())
         .bind(count("runs.created_ms", run.created_ms)?)
-        .bind(run.start.as_ref().map(|start| &start.name))
+        .bind(run.start.as_ref().map(|start| storable(&start.name)))
         .bind(run.start.as_ref().map(|start| start.digest.to_string()))
         .execute(&mut *transaction)
         .await;
         match inserted {
             Err(error) if is_taken(&error) => Err(StoreError::RunExists(run.name.clone())),
             Err(error) => Err(StoreError::of(ATTEMPT)(error)),
-            Ok(_) => commit(transaction, ATTEMPT).await,
+            Ok(_) => transaction.commit(ATTEMPT).await,
         }
     }
 
     /// All runs, oldest first.
     pub async fn runs(&self) -> Result<Vec<RunRow>, StoreError> {
-        let rows = sqlx::query(&format!("{SELECT} ORDER BY runs.created_ms, runs.name"))
-            .fetch_all(&self.readers)
+        let rows = sqlx::query(SELECT)
+            .fetch_all(&self.connections.readers)
             .await
             .map_err(StoreError::of("list the runs"))?;
-        rows.iter().map(run_row).collect()
+        sorted(rows.iter().map(run_row), |row| (row.created_ms, row.name.clone()))
     }
 
     /// One run.
     pub async fn run(&self, name: &RunName) -> Result<Option<RunRow>, StoreError> {
         let row = sqlx::query(&format!("{SELECT} WHERE runs.name = $1"))
             .bind(name.as_str())
-            .fetch_optional(&self.readers)
+            .fetch_optional(&self.connections.readers)
             .await
             .map_err(StoreError::of("read a run"))?;
         row.as_ref().map(run_row).transpose()
@@ -150,7 +150,7 @@ impl Store {
     /// [`StoreError::NoSuchRun`], or the database's.
     pub async fn add_traffic(&self, run: &RunName, down: u64, up: u64) -> Result<(), StoreError> {
         const ATTEMPT: &str = "count a run's traffic";
-        let mut transaction = self.begin(ATTEMPT).await?;
+        let mut transaction = self.connections.begin(ATTEMPT).await?;
         let updated = sqlx::query(
             "UPDATE runs SET bytes_down = bytes_down + $2, bytes_up = bytes_up + $3 WHERE name = $1",
         )
@@ -163,11 +163,11 @@ impl Store {
         if updated.rows_affected() == 0 {
             return Err(StoreError::NoSuchRun(run.clone()));
         }
-        commit(transaction, ATTEMPT).await
+        transaction.commit(ATTEMPT).await
     }
 }
 
-fn run_row(row: &SqliteRow) -> Result<RunRow, StoreError> {
+fn run_row(row: &AnyRow) -> Result<RunRow, StoreError> {
     let row = Columns(row);
     Ok(RunRow {
         name: row.parsed("name")?,

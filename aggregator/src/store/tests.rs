@@ -44,7 +44,7 @@ fn new_run(run: &str, created_ms: u64) -> NewRun {
 async fn fixture() -> Fixture {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("consort.sqlite");
-    let store = Store::open(&path).await.unwrap();
+    let store = Store::open(&Location::File(path.clone())).await.unwrap();
     store.create_run(&new_run("pilot", 1000)).await.unwrap();
     Fixture { _folder: folder, path, store }
 }
@@ -311,7 +311,7 @@ async fn a_round_is_committed_once() {
 #[tokio::test]
 async fn a_call_that_is_given_up_half_way_leaves_nothing() {
     let fixture = fixture().await;
-    let mut transaction = fixture.store.begin("test").await.unwrap();
+    let mut transaction = fixture.store.connections.begin("test").await.unwrap();
     events::insert_event(&mut transaction, &pilot(), 1, "lost").await.unwrap();
     drop(transaction);
     assert!(fixture.events().await.is_empty());
@@ -322,10 +322,10 @@ async fn a_call_that_is_given_up_half_way_leaves_nothing() {
 #[tokio::test]
 async fn readers_see_whole_transactions_only() {
     let fixture = fixture().await;
-    let mut transaction = fixture.store.begin("test").await.unwrap();
+    let mut transaction = fixture.store.connections.begin("test").await.unwrap();
     events::insert_event(&mut transaction, &pilot(), 1, "open").await.unwrap();
     assert!(fixture.events().await.is_empty());
-    commit(transaction, "test").await.unwrap();
+    transaction.commit("test").await.unwrap();
     assert_eq!(fixture.events().await, ["open"]);
 }
 
@@ -334,14 +334,14 @@ async fn what_was_committed_is_there_after_the_database_is_opened_again() {
     let fixture = fixture().await;
     fixture.save("kept", &[event("kept")]).await.unwrap();
     // Not closed: as after a kill, the second one finds the write-ahead log.
-    let second = Store::open(&fixture.path).await.unwrap();
+    let second = Store::open(&Location::File(fixture.path.clone())).await.unwrap();
     assert_eq!(second.run(&pilot()).await.unwrap().unwrap().state_json, "kept");
     second.close().await;
     fixture.store.close().await;
     // Closed, all is in the one file.
     let copy = fixture.path.with_file_name("copy.sqlite");
     fs::copy(&fixture.path, &copy).unwrap();
-    let third = Store::open(&copy).await.unwrap();
+    let third = Store::open(&Location::File(copy.clone())).await.unwrap();
     assert_eq!(third.events_since(&pilot(), 0, 10).await.unwrap().len(), 1);
 }
 
@@ -460,7 +460,7 @@ async fn open_damaged(damage: impl FnOnce(&mut Vec<u8>)) -> StoreError {
     let mut content = fs::read(&fixture.path).unwrap();
     damage(&mut content);
     fs::write(&fixture.path, content).unwrap();
-    Store::open(&fixture.path).await.unwrap_err()
+    Store::open(&Location::File(fixture.path.clone())).await.unwrap_err()
 }
 
 #[tokio::test]
@@ -478,20 +478,37 @@ async fn a_damaged_database_is_refused_in_words() {
 async fn a_database_of_a_newer_version_is_refused_in_words() {
     let fixture = fixture().await;
     sqlx::query("INSERT INTO _sqlx_migrations VALUES (99, 'later', CURRENT_TIMESTAMP, TRUE, X'00', 1)")
-        .execute(&fixture.store.writer)
+        .execute(&fixture.store.connections.writer)
         .await
         .unwrap();
     fixture.store.close().await;
-    let error = Store::open(&fixture.path).await.unwrap_err();
+    let error = Store::open(&Location::File(fixture.path.clone())).await.unwrap_err();
     assert!(matches!(error, StoreError::NewerSchema { version: 99, .. }), "{error:?}");
     assert!(error.to_string().contains("newer version"), "{error}");
+}
+
+#[tokio::test]
+async fn a_file_may_have_any_name_and_be_found_by_any_path() {
+    let folder = tempfile::tempdir().unwrap();
+    let elsewhere = folder.path().join("elsewhere/deep");
+    fs::create_dir_all(&elsewhere).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, folder.path().join("link")).unwrap();
+    for name in ["with space", "50%", "a%20b", "what?mode=ro", "a#b", "über", "link/../b", "./c//d"] {
+        let path = folder.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let store = Store::open(&Location::File(path.clone())).await.unwrap();
+        store.create_run(&new_run("pilot", 1000)).await.unwrap();
+        assert_eq!(store.runs().await.unwrap().len(), 1);
+        store.close().await;
+        assert!(path.is_file(), "{name}");
+    }
 }
 
 #[tokio::test]
 async fn a_place_that_cannot_be_written_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("missing/consort.sqlite");
-    let error = Store::open(&path).await.unwrap_err();
+    let error = Store::open(&Location::File(path.clone())).await.unwrap_err();
     assert!(matches!(error, StoreError::Open { .. }), "{error:?}");
     assert!(error.to_string().contains("missing/consort.sqlite"), "{error}");
 }
@@ -499,9 +516,9 @@ async fn a_place_that_cannot_be_written_is_named() {
 #[tokio::test]
 async fn a_transaction_that_sqlite_ended_by_itself_does_not_stop_the_next() {
     let fixture = fixture().await;
-    let mut transaction = fixture.store.begin("meet a full disk").await.unwrap();
+    let mut transaction = fixture.store.connections.begin("meet a full disk").await.unwrap();
     // What SQLite does by itself when a commit finds the disk full.
     sqlx::query("ROLLBACK").execute(&mut *transaction).await.unwrap();
-    commit(transaction, "meet a full disk").await.unwrap_err();
+    transaction.commit("meet a full disk").await.unwrap_err();
     fixture.store.save_state(&pilot(), "{}", &[]).await.unwrap();
 }

@@ -2,9 +2,13 @@
 
 use std::{fmt::Display, str::FromStr};
 
-use sqlx::{Row, sqlite::SqliteRow};
+use sqlx::{Row, any::AnyRow};
 
 use super::StoreError;
+
+/// Whether a connection keeps a statement with an `Option<f64>` prepared. sqlx 0.8.6 tells PostgreSQL that a NULL among
+/// them is a `real`: a statement that was prepared for it would refuse the next number.
+pub(super) const KEEPS_FLOATS_THAT_MAY_BE_NULL: bool = false;
 
 /// A count for a BIGINT column.
 pub(super) fn count(column: &'static str, value: u64) -> Result<i64, StoreError> {
@@ -20,8 +24,23 @@ pub(super) fn finite(column: &'static str, value: f64) -> Result<f64, StoreError
     }
 }
 
+/// A text that somebody else wrote, for a TEXT column: PostgreSQL holds no NUL.
+pub(super) fn storable(text: &str) -> String {
+    text.replace('\0', "\u{fffd}")
+}
+
+/// Rows in the order of their keys.
+pub(super) fn sorted<T, K: Ord>(
+    rows: impl Iterator<Item = Result<T, StoreError>>,
+    key: impl FnMut(&T) -> K,
+) -> Result<Vec<T>, StoreError> {
+    let mut rows: Vec<T> = rows.collect::<Result<_, _>>()?;
+    rows.sort_by_cached_key(key);
+    Ok(rows)
+}
+
 /// A row, read column by column.
-pub(super) struct Columns<'a>(pub &'a SqliteRow);
+pub(super) struct Columns<'a>(pub &'a AnyRow);
 
 impl Columns<'_> {
     /// A name or a digest.
