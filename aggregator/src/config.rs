@@ -79,12 +79,14 @@ impl Database {
                 return;
             }
         };
-        for (key, _) in url.query_pairs().filter(|(key, _)| !Self::PARAMETERS.contains(&key.as_ref())) {
+        for (key, value) in url.query_pairs() {
             // One that is misspelt would be passed over, and TLS with it.
-            *problems += &format!(
-                "\n  database.url: has the parameter {key}; allowed: {}",
-                Self::PARAMETERS.join(", ")
-            );
+            if !Self::PARAMETERS.contains(&key.as_ref()) {
+                let allowed = Self::PARAMETERS.join(", ");
+                *problems += &format!("\n  database.url: has the parameter {key}; allowed: {allowed}");
+            } else if key.starts_with("ssl") && key != "sslmode" && !Path::new(&*value).is_absolute() {
+                *problems += &format!("\n  database.url: {key} is {value:?}; must be an absolute path");
+            }
         }
         // It would be seen in logs, and by whoever may read the file.
         if url.password().is_some() {

@@ -327,7 +327,7 @@ fn a_server_that_does_not_answer_a_commit_ends_the_aggregator_and_nothing_else()
     let status = federation.aggregator().wait();
     let log = federation.aggregator().output();
     assert_eq!((status.code(), socket.cuts()), (Some(1), 1), "{log}");
-    assert!(log.contains("the database has not said for 60 s whether"), "{log}");
+    assert!(log.contains("the database has not answered for 60 s"), "{log}");
     federation.kill_aggregator();
     federation.start_aggregator();
     assert_eq!(versions(&federation).len(), ROUNDS as usize);
@@ -353,7 +353,7 @@ fn an_aggregator_whose_database_had_another_owner_meanwhile_stops() {
     let status = first.aggregator().wait();
     let log = first.aggregator().output();
     assert_eq!(status.code(), Some(1), "{log}");
-    assert!(log.contains("another aggregator has used the database"), "{log}");
+    assert!(log.contains("another aggregator has taken up the database"), "{log}");
 }
 
 /// What `consort-aggregator --check` prints.

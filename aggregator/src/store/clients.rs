@@ -63,7 +63,7 @@ impl Store {
     /// Every site that ever joined, by name.
     pub async fn clients(&self) -> Result<Vec<ClientRow>, StoreError> {
         let rows = sqlx::query("SELECT * FROM clients")
-            .fetch_all(&self.connections.readers)
+            .fetch_all(&*self.connections.reader())
             .await
             .map_err(StoreError::of("list the clients"))?;
         sorted(rows.iter().map(client_row), |client| client.site.clone())
@@ -73,7 +73,7 @@ impl Store {
     pub async fn client(&self, site: &SiteName) -> Result<Option<ClientRow>, StoreError> {
         let row = sqlx::query("SELECT * FROM clients WHERE site = $1")
             .bind(site.as_str())
-            .fetch_optional(&self.connections.readers)
+            .fetch_optional(&*self.connections.reader())
             .await
             .map_err(StoreError::of("read a client"))?;
         row.as_ref().map(client_row).transpose()
@@ -103,7 +103,7 @@ impl Store {
     pub async fn run_sites(&self, run: &RunName) -> Result<Vec<RunSiteRow>, StoreError> {
         let rows = sqlx::query("SELECT * FROM run_sites WHERE run = $1")
             .bind(run.as_str())
-            .fetch_all(&self.connections.readers)
+            .fetch_all(&*self.connections.reader())
             .await
             .map_err(StoreError::of("list a run's sites"))?;
         sorted(rows.iter().map(run_site_row), |row| row.site.clone())

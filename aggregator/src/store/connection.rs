@@ -17,7 +17,11 @@ use sqlx::{
     Any, AnyConnection, AnyPool, ConnectOptions, Connection, Executor, Transaction,
     any::{AnyConnectOptions, AnyPoolOptions},
 };
-use tokio::task::JoinHandle;
+use tokio::{
+    sync::{Mutex, OwnedMutexGuard},
+    task::JoinHandle,
+    time,
+};
 
 use super::{StoreError, error};
 
@@ -29,10 +33,11 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(30);
 const FILE_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long a call waits for a connection to a server that is away, before it fails.
 const SERVER_TIMEOUT: Duration = Duration::from_secs(30);
-/// Within this a transaction at a server is decided, or the process ends.
-const DECIDED_WITHIN: Duration = Duration::from_secs(60);
-/// How long a connection waits for the session of a process that was killed to end at the server.
-const OWNER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Within this a server answers, and a transaction at it is decided, or the process ends.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a connection waits for the session before it to end at the server, which notices a vanished client within
+/// 20 s: see [`own`].
+const OWNER_TIMEOUT: Duration = Duration::from_secs(25);
 /// Pause before a server that is away is asked again what became of a transaction.
 const OUTCOME_PAUSE: Duration = Duration::from_millis(200);
 /// PostgreSQL's advisory lock (within the database) of the aggregator that uses it: "consort".
@@ -82,15 +87,17 @@ impl Location {
         if matches!(self, Self::File(path) if !path.exists()) {
             return Ok(format!("SQLite, in {self} from the first start"));
         }
-        let mut connection = self.reading().map_err(&opening)?.connect().await.map_err(&opening)?;
+        // One that may only read would leave SQLite's log beside the file.
+        let mut connection = connect(&self.writing().map_err(&opening)?).await.map_err(&opening)?;
         self.look(&mut connection).await?;
-        if matches!(self, Self::File(_)) {
-            return Ok(format!("SQLite, in {self}"));
-        }
-        let version = sqlx::query_scalar("SHOW server_version").fetch_one(&mut connection).await;
-        let version: String = version.map_err(&opening)?;
+        let found = if matches!(self, Self::File(_)) {
+            format!("SQLite, in {self}")
+        } else {
+            let version = sqlx::query_scalar("SHOW server_version").fetch_one(&mut connection).await;
+            format!("PostgreSQL {}, at {self}", version.map(|version: String| version).map_err(&opening)?)
+        };
         connection.close().await.map_err(opening)?;
-        Ok(format!("PostgreSQL {version}, at {self}"))
+        Ok(found)
     }
 
     /// Whether the database is sound, or this process's to have, over a connection of its own, so that what is wrong
@@ -125,12 +132,19 @@ impl Location {
 /// Pools of connections to one database.
 #[derive(Debug, Clone)]
 pub(super) struct Connections {
-    /// One connection: writes queue here, in their order. At a server it holds [`OWNER_LOCK`]: whoever writes is the
-    /// owner.
+    /// One connection: writes queue here, in their order. At a server it holds [`OWNER_LOCK`].
     pub(super) writer: AnyPool,
-    pub(super) readers: AnyPool,
-    /// At a server: which owner this process is, once that is settled.
-    generation: Option<Arc<OnceLock<i64>>>,
+    readers: AnyPool,
+    owner: Option<Arc<Owner>>,
+}
+
+/// What this process is to a server's database.
+#[derive(Debug, Default)]
+struct Owner {
+    /// Its number, once it has one.
+    generation: OnceLock<i64>,
+    /// Held from the beginning of a transaction until it is known what became of it.
+    turn: Arc<Mutex<()>>,
 }
 
 impl Connections {
@@ -138,9 +152,9 @@ impl Connections {
         let opening = StoreError::opening(location);
         let (writing, reading) =
             (location.writing().map_err(&opening)?, location.reading().map_err(&opening)?);
-        let mut first = writing.connect().await.map_err(&opening)?;
+        let mut first = connect(&writing).await.map_err(&opening)?;
         location.look(&mut first).await?;
-        let (writer, readers, generation) = match location {
+        let (writer, readers, owner) = match location {
             Location::File(_) => {
                 first.execute(&*sqlite_settings()).await.map_err(&opening)?;
                 let settled = |settings: fn() -> String| {
@@ -148,39 +162,39 @@ impl Connections {
                         Box::pin(async move { connection.execute(&*settings()).await.map(drop) })
                     })
                 };
-                (settled(sqlite_settings).max_connections(1), settled(busy_timeout), None)
+                (settled(sqlite_settings), settled(busy_timeout), None)
             }
             Location::Server(_) => {
-                let generation = Arc::new(OnceLock::new());
-                let settled = generation.clone();
-                let writer = server_pool().max_connections(1).after_connect(move |connection, _| {
-                    let settled = settled.get().copied();
-                    Box::pin(async move { take_up(connection, settled).await })
-                });
-                (writer, server_pool(), Some(generation))
+                let writer = server_pool().after_connect(|connection, _| Box::pin(own(connection)));
+                (writer, server_pool(), Some(Arc::default()))
             }
         };
         first.close().await.map_err(&opening)?;
         Ok(Self {
-            writer: writer.connect_with(writing).await.map_err(&opening)?,
+            writer: writer.max_connections(1).connect_with(writing).await.map_err(&opening)?,
             readers: readers.max_connections(READERS_MAX).connect_lazy_with(reading),
-            generation,
+            owner,
         })
     }
 
-    /// Counts this process as the newest owner of a server's database, whose tables are there.
+    /// Makes this process the newest owner of a server's database, whose tables are there.
     pub(super) async fn claim(&self, location: &Location) -> Result<(), StoreError> {
-        let Some(generation) = &self.generation else { return Ok(()) };
-        let claimed = sqlx::query_scalar("UPDATE owner SET generation = generation + 1 RETURNING generation");
-        let claimed = claimed.fetch_one(&self.writer).await.map_err(StoreError::opening(location))?;
-        generation.get_or_init(|| claimed);
+        let Some(owner) = &self.owner else { return Ok(()) };
+        let opening = StoreError::opening(location);
+        let _deadline = Deadline::new("take up the database");
+        let mut transaction = self.writer.begin().await.map_err(&opening)?;
+        let claim = "UPDATE owner SET generation = generation + 1, writes = 0 RETURNING generation";
+        let generation = sqlx::query_scalar(claim).fetch_one(&mut *transaction).await.map_err(&opening)?;
+        transaction.commit().await.map_err(&opening)?;
+        owner.generation.get_or_init(|| generation);
         Ok(())
     }
 
     /// Waits for calls under way and closes the database; of SQLite's, one file is left.
     pub(super) async fn close(&self) {
+        let _deadline = self.owner.as_ref().map(|_| Deadline::new("close the database"));
         self.readers.close().await;
-        if self.generation.is_none() {
+        if self.owner.is_none() {
             // The last connection to close would do this, but a reader's may outlive its pool by an instant.
             let folded = self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").await;
             if let Err(error) = folded {
@@ -190,27 +204,50 @@ impl Connections {
         self.writer.close().await;
     }
 
+    /// What reads, for one query.
+    pub(super) fn reader(&self) -> Reader<'_> {
+        Reader { pool: &self.readers, _deadline: self.owner.as_ref().map(|_| Deadline::new("read")) }
+    }
+
     /// Begins a transaction. Dropped before [`Write::commit`], it has done nothing.
     pub(super) async fn begin(&self, attempt: &'static str) -> Result<Write, StoreError> {
         let connections = self.clone();
         // To its end, though the caller goes away: a session that began, and whose answer nobody waited for, would come
         // back to the pool within a transaction.
         let begun = tokio::spawn(async move { connections.begin_now(attempt).await }).await;
-        begun.unwrap_or_else(|_| Err(StoreError::of(attempt)(sqlx::Error::WorkerCrashed)))
+        begun.unwrap_or(Err(sqlx::Error::WorkerCrashed)).map_err(StoreError::of(attempt))
     }
 
-    async fn begin_now(&self, attempt: &'static str) -> Result<Write, StoreError> {
-        let failed = StoreError::of(attempt);
-        if self.generation.is_none() {
+    async fn begin_now(&self, attempt: &'static str) -> Result<Write, sqlx::Error> {
+        let Some(owner) = &self.owner else {
             // IMMEDIATE takes the write lock now, where the busy timeout applies, and not at the first write.
-            let transaction = self.writer.begin_with("BEGIN IMMEDIATE").await.map_err(failed)?;
+            let transaction = self.writer.begin_with("BEGIN IMMEDIATE").await?;
             return Ok(Write { transaction, at_server: None });
-        }
+        };
+        let turn = owner.turn.clone().lock_owned().await;
         let deadline = Deadline::new(attempt);
-        let mut transaction = self.writer.begin().await.map_err(&failed)?;
-        let id = sqlx::query_scalar("SELECT txid_current()").fetch_one(&mut *transaction).await;
-        let id = id.map_err(&failed)?;
-        Ok(Write { transaction, at_server: Some(AtServer { id, writer: self.writer.clone(), deadline }) })
+        let generation = *owner.generation.get().ok_or(sqlx::Error::PoolClosed)?;
+        let mut transaction = self.writer.begin().await?;
+        let count = "UPDATE owner SET writes = writes + 1 WHERE generation = $1 RETURNING writes";
+        let number = sqlx::query_scalar(count).bind(generation).fetch_optional(&mut *transaction).await?;
+        let Some(number) = number else { replaced() };
+        let writer = self.writer.clone();
+        let at_server = AtServer { generation, number, writer, _deadline: deadline, _turn: turn };
+        Ok(Write { transaction, at_server: Some(at_server) })
+    }
+}
+
+/// A pool that reads.
+pub(super) struct Reader<'a> {
+    pool: &'a AnyPool,
+    _deadline: Option<Deadline>,
+}
+
+impl Deref for Reader<'_> {
+    type Target = AnyPool;
+
+    fn deref(&self) -> &AnyPool {
+        self.pool
     }
 }
 
@@ -222,10 +259,12 @@ pub(super) struct Write {
 
 /// What it takes to learn what became of a transaction.
 struct AtServer {
-    /// What the server calls it.
-    id: i64,
+    generation: i64,
+    /// Counts the owner's transactions; this one's, once it is committed.
+    number: i64,
     writer: AnyPool,
-    deadline: Deadline,
+    _deadline: Deadline,
+    _turn: OwnedMutexGuard<()>,
 }
 
 impl Deref for Write {
@@ -243,66 +282,65 @@ impl DerefMut for Write {
 }
 
 impl Write {
-    /// Makes it durable. Where a server's answer is lost, the next connection asks what became of the transaction: a
+    /// Makes it durable. Where a server's answer is lost, the next connection looks whether the transaction counted: a
     /// step that was stored must not be taken a second time.
     pub(super) async fn commit(self, attempt: &'static str) -> Result<(), StoreError> {
         let Self { transaction, at_server } = self;
         let Err(lost) = transaction.commit().await else { return Ok(()) };
-        let failed = StoreError::of(attempt)(lost);
-        let Some(AtServer { id, writer, deadline }) = at_server else { return Err(failed) };
+        let Some(at_server) = at_server else { return Err(StoreError::of(attempt)(lost)) };
         loop {
-            let outcome = sqlx::query_scalar::<_, Option<String>>("SELECT txid_status($1)").bind(id);
-            match outcome.fetch_one(&writer).await {
-                Ok(outcome) => match outcome.as_deref() {
-                    Some("committed") => return Ok(()),
-                    Some("aborted") => return Err(failed),
-                    outcome => {
-                        tracing::warn!(?outcome, "it is not known yet whether it was possible to {attempt}")
-                    }
-                },
-                Err(sqlx::Error::PoolClosed) => deadline.passed(),
+            // The connection that looks is the owner's: the one before has ended, and its transaction with it.
+            let writes = sqlx::query_scalar::<_, i64>("SELECT writes FROM owner WHERE generation = $1")
+                .bind(at_server.generation)
+                .fetch_optional(&at_server.writer)
+                .await;
+            match writes {
+                Ok(Some(writes)) if writes == at_server.number => return Ok(()),
+                Ok(Some(_)) => return Err(StoreError::of(attempt)(lost)),
+                Ok(None) => replaced(),
                 Err(error) => {
                     tracing::warn!(%error, "the database was lost on the way to {attempt}; asking what became of it");
+                    time::sleep(OUTCOME_PAUSE).await;
                 }
             }
-            tokio::time::sleep(OUTCOME_PAUSE).await;
         }
     }
 }
 
-/// Ends the process unless it is dropped in time. What a server says of a transaction, or does not say for a minute, is
-/// not to be guessed: the next start reads it from the database, as after any other end of the process.
-struct Deadline {
-    attempt: &'static str,
-    watch: JoinHandle<()>,
-}
+/// Ends the process unless it is dropped in time. What a server does not answer for a minute is not to be guessed, and a
+/// connection that is dead without anybody's knowing would be waited for in vain: the next start reads from the database
+/// what is so, as after any other end of the process.
+#[derive(Debug)]
+struct Deadline(JoinHandle<()>);
 
 impl Deadline {
     fn new(attempt: &'static str) -> Self {
-        let watch = tokio::spawn(async move {
-            tokio::time::sleep(DECIDED_WITHIN).await;
-            stop(&format!(
-                "the database has not said for {} s whether it was possible to {attempt}",
-                DECIDED_WITHIN.as_secs()
-            ));
-        });
-        Self { attempt, watch }
-    }
-
-    fn passed(&self) -> ! {
-        stop(&format!("the database was closed before it said whether it was possible to {}", self.attempt))
+        Self(tokio::spawn(async move {
+            time::sleep(ANSWER_TIMEOUT).await;
+            let seconds = ANSWER_TIMEOUT.as_secs();
+            stop(&format!("the database has not answered for {seconds} s, on the way to {attempt}"));
+        }))
     }
 }
 
 impl Drop for Deadline {
     fn drop(&mut self) {
-        self.watch.abort();
+        self.0.abort();
     }
+}
+
+fn replaced() -> ! {
+    stop("another aggregator has taken up the database")
 }
 
 fn stop(reason: &str) -> ! {
     tracing::error!("{reason}; stopping, since the next start reads from the database what is so");
     process::exit(1)
+}
+
+/// A connection of its own.
+async fn connect(options: &AnyConnectOptions) -> Result<AnyConnection, sqlx::Error> {
+    time::timeout(SERVER_TIMEOUT, options.connect()).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
 }
 
 fn file_pool() -> AnyPoolOptions {
@@ -341,24 +379,13 @@ fn sqlite_settings() -> String {
     busy_timeout() + "; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON"
 }
 
-/// Makes a new session the owner's; once the process has been the owner, only if nobody else was since.
-async fn take_up(connection: &mut AnyConnection, generation: Option<i64>) -> Result<(), sqlx::Error> {
-    own(connection).await?;
-    let Some(generation) = generation else { return Ok(()) };
-    let newest: i64 = sqlx::query_scalar("SELECT generation FROM owner").fetch_one(connection).await?;
-    if newest != generation {
-        stop("another aggregator has used the database while this one had no connection to it");
-    }
-    Ok(())
-}
-
 /// Waits until the session owns the server's database; it does until it ends.
 async fn own(connection: &mut AnyConnection) -> Result<(), sqlx::Error> {
-    let owner_ms = OWNER_TIMEOUT.as_millis();
-    // Where this machine vanishes, the server is to notice within a minute, and not in hours.
+    // Where this machine vanishes, the server is to notice, and not after the hours that it takes by itself.
     let settings = format!(
-        "SET tcp_keepalives_idle = 30; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3; \
-         SET lock_timeout = {owner_ms}"
+        "SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 2; \
+         SET tcp_user_timeout = 20000; SET lock_timeout = {}",
+        OWNER_TIMEOUT.as_millis()
     );
     connection.execute(&*settings).await?;
     sqlx::query("SELECT pg_advisory_lock($1)").bind(OWNER_LOCK).execute(connection).await.map(drop)

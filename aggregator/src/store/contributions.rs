@@ -65,7 +65,7 @@ impl Store {
         .bind(run.as_str())
         .bind(i64::from(round))
         .bind(i64::from(STALENESS_MAX))
-        .fetch_all(&self.connections.readers)
+        .fetch_all(&*self.connections.reader())
         .await
         .map_err(StoreError::of("list a round's contributions"))?;
         sorted(rows.iter().map(contribution_row), |row| (row.site.clone(), row.round))
@@ -82,7 +82,7 @@ impl Store {
         )
         .bind(site.as_str())
         .bind(i64::from(limit))
-        .fetch_all(&self.connections.readers)
+        .fetch_all(&*self.connections.reader())
         .await
         .map_err(StoreError::of("list a site's contributions"))?;
         rows.iter().map(contribution_row).collect()

@@ -42,7 +42,7 @@ impl Store {
             .bind(run.as_str())
             .bind(count("events.id", id)?)
             .bind(i64::from(limit))
-            .fetch_all(&self.connections.readers)
+            .fetch_all(&*self.connections.reader())
             .await
             .map_err(StoreError::of("list a run's events"))?;
         rows.iter().rev().map(event_row).collect()

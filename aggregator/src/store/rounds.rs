@@ -110,7 +110,7 @@ impl Store {
     pub async fn rounds(&self, run: &RunName) -> Result<Vec<RoundRow>, StoreError> {
         let rows = sqlx::query(&format!("{SELECT_ROUND} WHERE rounds.run = $1 ORDER BY rounds.round"))
             .bind(run.as_str())
-            .fetch_all(&self.connections.readers)
+            .fetch_all(&*self.connections.reader())
             .await
             .map_err(StoreError::of("list a run's rounds"))?;
         rows.iter().map(round_row).collect()
@@ -121,7 +121,7 @@ impl Store {
         let row = sqlx::query(&format!("{SELECT_ROUND} WHERE rounds.run = $1 AND rounds.round = $2"))
             .bind(run.as_str())
             .bind(i64::from(round))
-            .fetch_optional(&self.connections.readers)
+            .fetch_optional(&*self.connections.reader())
             .await
             .map_err(StoreError::of("read a round"))?;
         row.as_ref().map(round_row).transpose()
@@ -133,7 +133,7 @@ impl Store {
         let row = sqlx::query("SELECT norms FROM round_tensors WHERE run = $1 AND round = $2")
             .bind(run.as_str())
             .bind(i64::from(round))
-            .fetch_optional(&self.connections.readers)
+            .fetch_optional(&*self.connections.reader())
             .await
             .map_err(StoreError::of("read a round's tensors"))?;
         let norms = |row: AnyRow| Columns(&row).known("norms", |text| serde_json::from_str(text).ok());
@@ -145,7 +145,7 @@ impl Store {
         let row =
             sqlx::query("SELECT run, round FROM rounds WHERE digest = $1 ORDER BY committed_ms, run LIMIT 1")
                 .bind(digest.to_string())
-                .fetch_optional(&self.connections.readers)
+                .fetch_optional(&*self.connections.reader())
                 .await
                 .map_err(StoreError::of("look for a model"))?;
         let version = |row: AnyRow| Ok((Columns(&row).parsed("run")?, Columns(&row).count("round")?));
@@ -156,7 +156,7 @@ impl Store {
     pub async fn evaluations(&self, run: &RunName) -> Result<Vec<EvaluationRow>, StoreError> {
         let rows = sqlx::query("SELECT * FROM evaluations WHERE run = $1")
             .bind(run.as_str())
-            .fetch_all(&self.connections.readers)
+            .fetch_all(&*self.connections.reader())
             .await
             .map_err(StoreError::of("list a run's evaluations"))?;
         sorted(rows.iter().map(evaluation_row), |row| (row.version, row.site.clone()))
@@ -166,7 +166,7 @@ impl Store {
     pub async fn checkpoints(&self, run: &RunName) -> Result<Vec<CheckpointRow>, StoreError> {
         let rows = sqlx::query("SELECT * FROM checkpoints WHERE run = $1 ORDER BY version")
             .bind(run.as_str())
-            .fetch_all(&self.connections.readers)
+            .fetch_all(&*self.connections.reader())
             .await
             .map_err(StoreError::of("list a run's checkpoints"))?;
         rows.iter().map(checkpoint_row).collect()

@@ -128,7 +128,7 @@ impl Store {
     /// All runs, oldest first.
     pub async fn runs(&self) -> Result<Vec<RunRow>, StoreError> {
         let rows = sqlx::query(SELECT)
-            .fetch_all(&self.connections.readers)
+            .fetch_all(&*self.connections.reader())
             .await
             .map_err(StoreError::of("list the runs"))?;
         sorted(rows.iter().map(run_row), |row| (row.created_ms, row.name.clone()))
@@ -138,7 +138,7 @@ impl Store {
     pub async fn run(&self, name: &RunName) -> Result<Option<RunRow>, StoreError> {
         let row = sqlx::query(&format!("{SELECT} WHERE runs.name = $1"))
             .bind(name.as_str())
-            .fetch_optional(&self.connections.readers)
+            .fetch_optional(&*self.connections.reader())
             .await
             .map_err(StoreError::of("read a run"))?;
         row.as_ref().map(run_row).transpose()

@@ -31,7 +31,7 @@ impl Store {
             "SELECT run FROM start_uploads WHERE touched_ms < $1 OR run IN (SELECT name FROM runs)",
         )
         .bind(count("start_uploads.touched_ms", before)?)
-        .fetch_all(&self.connections.readers)
+        .fetch_all(&*self.connections.reader())
         .await
         .map_err(StoreError::of("list uploads"))?;
         sorted(rows.iter().map(|row| Columns(row).parsed("run")), RunName::clone)
