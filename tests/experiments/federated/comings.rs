@@ -26,7 +26,8 @@ pub(super) fn run(work: &Work) -> Result<Vec<Finding>> {
     })?;
     let mut table = Table::new(&["10 sites", "loss", "to all deltas", "to centralised"]);
     let (mut points, mut findings, mut all) = (Vec::new(), Vec::new(), None);
-    for dropped in [0, 1, 3, 5] {
+    let shares: &[i64] = if work.full { &[0, 1, 3, 5] } else { &[0, 5] };
+    for &dropped in shares {
         let result =
             work.by_seed(&format!("10 sites, {dropped} deltas dropped a round"), &seeds, |seed| {
                 let trial = work
