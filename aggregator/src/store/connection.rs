@@ -90,11 +90,13 @@ impl Location {
         // One that may only read would leave SQLite's log beside the file.
         let mut connection = connect(&self.writing().map_err(&opening)?).await.map_err(&opening)?;
         self.look(&mut connection).await?;
-        let found = if matches!(self, Self::File(_)) {
-            format!("SQLite, in {self}")
-        } else {
-            let version = sqlx::query_scalar("SHOW server_version").fetch_one(&mut connection).await;
-            format!("PostgreSQL {}, at {self}", version.map(|version: String| version).map_err(&opening)?)
+        let found = match self {
+            Self::File(_) => format!("SQLite, in {self}"),
+            Self::Server(_) => {
+                let version = sqlx::query_scalar("SHOW server_version").fetch_one(&mut connection).await;
+                let version: String = version.map_err(&opening)?;
+                format!("PostgreSQL {version}, at {self}")
+            }
         };
         connection.close().await.map_err(opening)?;
         Ok(found)
