@@ -329,6 +329,10 @@ mod tests {
                 "[database]\nurl = 'postgres://db/consort?ssl_mode=verify-full'",
                 "parameter ssl_mode; allowed: host",
             ),
+            (
+                "[database]\nurl = 'postgres://db/consort?sslrootcert=ca.pem'",
+                "sslrootcert is \"ca.pem\"; must be an absolute path",
+            ),
             ("[storage]\nurl = '/srv/spool'", "storage.url"),
             ("[storage]\nurl = 's3:///prefix'", "storage.url"),
             ("[storage]\nendpoint = 'https://minio:9000'", "storage.endpoint: is set without storage.url"),

@@ -52,11 +52,8 @@ pub struct Postgres {
 impl Drop for Postgres {
     fn drop(&mut self) {
         // Not SIGKILL: it leaves shared memory behind.
-        if let Some(mut process) = self.process.take() {
-            let id = i32::try_from(process.id()).expect("a process id fits");
-            // SAFETY: kill(2) takes no pointers; the child is ours and not yet waited for, so the id is its.
-            unsafe { libc::kill(id, libc::SIGQUIT) };
-            process.wait();
+        if let Some(process) = self.process.take() {
+            process.end_by(libc::SIGQUIT);
         }
     }
 }

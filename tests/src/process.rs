@@ -41,10 +41,15 @@ impl Process {
     }
 
     /// SIGTERM, and waits for the end.
-    pub fn terminate(mut self) -> ExitStatus {
+    pub fn terminate(self) -> ExitStatus {
+        self.end_by(libc::SIGTERM)
+    }
+
+    /// Another signal that ends it, and waits for the end.
+    pub fn end_by(mut self, signal: i32) -> ExitStatus {
         let id = i32::try_from(self.child.id()).expect("a process id fits");
         // SAFETY: kill(2) takes no pointers; the child is ours and not yet waited for, so the id is its.
-        assert_eq!(unsafe { libc::kill(id, libc::SIGTERM) }, 0);
+        assert_eq!(unsafe { libc::kill(id, signal) }, 0);
         self.wait()
     }
 

@@ -36,10 +36,13 @@ fn pilot() -> RunName {
 /// Runs a test that is async where there is a server.
 fn with_server(test: impl AsyncFnOnce(Postgres)) {
     let Some(server) = Postgres::start() else { return };
-    // SAFETY: nextest gives each test a process of its own, and no other thread runs yet.
-    unsafe { std::env::set_var("PGPASSWORD", PASSWORD) };
     let runtime = tokio::runtime::Runtime::new().expect("a runtime can be made");
     runtime.block_on(test(server));
+}
+
+/// The database at a URL. A configuration would refuse the password in it.
+fn location(url: &str, password: &str) -> Location {
+    Location::Server(url.replacen('@', &format!(":{password}@"), 1))
 }
 
 fn new_run(name: &str, created_ms: u64) -> NewRun {
@@ -193,7 +196,7 @@ fn both_databases_hold_the_same() {
     with_server(async |server| {
         let folder = tempfile::tempdir().expect("a temporary directory can be made");
         let file = Store::open(&Location::File(folder.path().join("consort.db"))).await.expect("a file");
-        let at_server = Store::open(&Location::Server(server.url())).await.expect("a server");
+        let at_server = Store::open(&location(&server.url(), PASSWORD)).await.expect("a server");
         let expected = story(&file).await;
         assert!(expected.contains("contributors: 2"), "{expected}");
         assert_eq!(story(&at_server).await, expected);
@@ -204,7 +207,7 @@ fn both_databases_hold_the_same() {
 #[test]
 fn a_database_has_one_owner() {
     with_server(async |server| {
-        let location = Location::Server(server.url());
+        let location = location(&server.url(), PASSWORD);
         let first = Store::open(&location).await.expect("a server");
         first.create_run(&new_run("pilot", 1)).await.expect("the run is new");
         let second = Store::open(&location).await.expect_err("the database is in use");
@@ -218,21 +221,18 @@ fn a_database_has_one_owner() {
 #[test]
 fn what_keeps_a_server_from_being_used_is_said() {
     with_server(async |mut server| {
-        let refused = async |url: &str| {
-            let location = Location::Server(url.to_owned());
-            Store::open(&location).await.expect_err("it cannot be opened").to_string()
+        let refused = async |url: &str, password: &str| {
+            Store::open(&location(url, password)).await.expect_err("it cannot be opened").to_string()
         };
-        let missing = refused(&server.url().replace("/postgres?", "/missing?")).await;
+        let missing = refused(&server.url().replace("/postgres?", "/missing?"), PASSWORD).await;
         assert!(
             missing.contains("\"missing\" does not exist") && missing.contains("PGPASSWORD"),
             "{missing}"
         );
-        // SAFETY: as in `with_server`: what reads it is this thread.
-        unsafe { std::env::set_var("PGPASSWORD", "wrong") };
-        let denied = refused(&server.url()).await;
+        let denied = refused(&server.url(), "wrong").await;
         assert!(denied.contains("password authentication failed"), "{denied}");
         server.kill();
-        let away = refused(&server.url()).await;
+        let away = refused(&server.url(), PASSWORD).await;
         assert!(away.contains("see that the server runs"), "{away}");
     });
 }
@@ -243,7 +243,7 @@ fn a_commit_whose_answer_is_lost_is_looked_up() {
     with_server(async |server| {
         let socket = LossySocket::in_front_of(server.folder()).await;
         let store =
-            Store::open(&Location::Server(Postgres::url_at(socket.folder()))).await.expect("a server");
+            Store::open(&location(&Postgres::url_at(socket.folder()), PASSWORD)).await.expect("a server");
         store.create_run(&new_run("pilot", 1)).await.expect("the run is new");
         let events = async || store.events_since(&pilot(), 0, 10).await.expect("they can be read").len();
         socket.cut(Cut::AfterCommit);

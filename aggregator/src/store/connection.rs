@@ -8,7 +8,7 @@ use std::{
     ops::{Deref, DerefMut},
     path::{Path, PathBuf},
     process,
-    sync::{Arc, Once, OnceLock},
+    sync::{Arc, Once},
     time::Duration,
 };
 
@@ -137,14 +137,14 @@ pub(super) struct Connections {
     /// One connection: writes queue here, in their order. At a server it holds [`OWNER_LOCK`].
     pub(super) writer: AnyPool,
     readers: AnyPool,
-    owner: Option<Arc<Owner>>,
+    /// Where the database is at a server, once it is claimed.
+    owner: Option<Owner>,
 }
 
 /// What this process is to a server's database.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone)]
 struct Owner {
-    /// Its number, once it has one.
-    generation: OnceLock<i64>,
+    generation: i64,
     /// Held from the beginning of a transaction until it is known what became of it.
     turn: Arc<Mutex<()>>,
 }
@@ -156,7 +156,7 @@ impl Connections {
             (location.writing().map_err(&opening)?, location.reading().map_err(&opening)?);
         let mut first = connect(&writing).await.map_err(&opening)?;
         location.look(&mut first).await?;
-        let (writer, readers, owner) = match location {
+        let (writer, readers) = match location {
             Location::File(_) => {
                 first.execute(&*sqlite_settings()).await.map_err(&opening)?;
                 let settled = |settings: fn() -> String| {
@@ -164,31 +164,33 @@ impl Connections {
                         Box::pin(async move { connection.execute(&*settings()).await.map(drop) })
                     })
                 };
-                (settled(sqlite_settings), settled(busy_timeout), None)
+                (settled(sqlite_settings), settled(busy_timeout))
             }
             Location::Server(_) => {
                 let writer = server_pool().after_connect(|connection, _| Box::pin(own(connection)));
-                (writer, server_pool(), Some(Arc::default()))
+                (writer, server_pool())
             }
         };
         first.close().await.map_err(&opening)?;
         Ok(Self {
             writer: writer.max_connections(1).connect_with(writing).await.map_err(&opening)?,
             readers: readers.max_connections(READERS_MAX).connect_lazy_with(reading),
-            owner,
+            owner: None,
         })
     }
 
     /// Makes this process the newest owner of a server's database, whose tables are there.
-    pub(super) async fn claim(&self, location: &Location) -> Result<(), StoreError> {
-        let Some(owner) = &self.owner else { return Ok(()) };
+    pub(super) async fn claim(&mut self, location: &Location) -> Result<(), StoreError> {
+        if matches!(location, Location::File(_)) {
+            return Ok(());
+        }
         let opening = StoreError::opening(location);
         let _deadline = Deadline::new("take up the database");
         let mut transaction = self.writer.begin().await.map_err(&opening)?;
         let claim = "UPDATE owner SET generation = generation + 1, writes = 0 RETURNING generation";
         let generation = sqlx::query_scalar(claim).fetch_one(&mut *transaction).await.map_err(&opening)?;
         transaction.commit().await.map_err(&opening)?;
-        owner.generation.get_or_init(|| generation);
+        self.owner = Some(Owner { generation, turn: Arc::default() });
         Ok(())
     }
 
@@ -221,14 +223,13 @@ impl Connections {
     }
 
     async fn begin_now(&self, attempt: &'static str) -> Result<Write, sqlx::Error> {
-        let Some(owner) = &self.owner else {
+        let Some(Owner { generation, turn }) = self.owner.clone() else {
             // IMMEDIATE takes the write lock now, where the busy timeout applies, and not at the first write.
             let transaction = self.writer.begin_with("BEGIN IMMEDIATE").await?;
             return Ok(Write { transaction, at_server: None });
         };
-        let turn = owner.turn.clone().lock_owned().await;
+        let turn = turn.lock_owned().await;
         let deadline = Deadline::new(attempt);
-        let generation = *owner.generation.get().ok_or(sqlx::Error::PoolClosed)?;
         let mut transaction = self.writer.begin().await?;
         let count = "UPDATE owner SET writes = writes + 1 WHERE generation = $1 RETURNING writes";
         let number = sqlx::query_scalar(count).bind(generation).fetch_optional(&mut *transaction).await?;

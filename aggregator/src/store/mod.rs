@@ -48,7 +48,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::InUse`], [`StoreError::NewerSchema`] or [`StoreError::Open`].
     pub async fn open(location: &Location) -> Result<Self, StoreError> {
-        let connections = Connections::open(location).await?;
+        let mut connections = Connections::open(location).await?;
         let known = MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or_default();
         MIGRATIONS.run(&connections.writer).await.map_err(StoreError::migrating(location, known))?;
         connections.claim(location).await?;

@@ -80,23 +80,24 @@ async fn forward(
                 let asked = &asked[..length];
                 let commits = asked.windows(6).any(|word| word == b"COMMIT");
                 let cut = if commits { plan.lock().expect("no holder panics").take() } else { None };
-                if cut == Some(Cut::BeforeCommit) {
+                if cut.is_some() {
                     cuts.fetch_add(1, Ordering::SeqCst);
-                    return;
                 }
-                if cut == Some(Cut::Silent) {
-                    cuts.fetch_add(1, Ordering::SeqCst);
-                    // Until the client gives up.
-                    while client.read(&mut answered).await.is_ok_and(|length| length > 0) {}
-                    return;
+                match cut {
+                    Some(Cut::BeforeCommit) => return,
+                    Some(Cut::Silent) => {
+                        // Until the client gives up.
+                        while client.read(&mut answered).await.is_ok_and(|length| length > 0) {}
+                        return;
+                    }
+                    Some(Cut::AfterCommit) | None => {}
                 }
                 if server.write_all(asked).await.is_err() {
                     return;
                 }
-                if cut == Some(Cut::AfterCommit) {
+                if cut.is_some() {
                     // The answer says that it is done; it goes no further.
                     let _ = server.read(&mut answered).await;
-                    cuts.fetch_add(1, Ordering::SeqCst);
                     return;
                 }
             }
