@@ -1,7 +1,7 @@
 //! Streaming DiLoCo: rounds that synchronise a fragment of the model while the sites train on.
 
 use consort_common::{codec::Encoding, spec::RunSpec};
-use consort_tests::{TestFederation, federation::tiny_spec};
+use consort_tests::{TestFederation, federation::tiny_spec, process::wait_for};
 use serde_json::Value;
 
 const SITES: [&str; 2] = ["bank", "lab"];
@@ -107,13 +107,18 @@ fn a_site_that_joins_late_begins_with_the_global_model_and_goes_on_with_its_own(
     let mut federation = TestFederation::new(&SITES);
     federation.start_aggregator();
     // Long enough rounds for the run to be paused in one of them.
-    let text = spec(6, &streaming(3, 3, 0.5)).replace("local_steps = 8", "local_steps = 60");
+    let text = spec(6, &streaming(3, 3, 0.5)).replace("local_steps = 8", "local_steps = 120");
     federation.start_run(&text.replace("minimum_clients = 2", "minimum_clients = 1"));
     federation.start_client("bank");
     federation.wait_for_run(RUN, "a committed round", |run| (run["version"].as_u64()? >= 1).then_some(()));
     federation.json(&["runs", "pause", RUN]);
     federation.start_client("lab");
-    federation.client("lab").wait_for_output(&format!("ready for run {RUN}"));
+    // The aggregator knows; the site's own log may not say so, since the pause can reach it before the answer.
+    wait_for("the lab to be ready", || {
+        let clients = federation.json(&["clients", "list"]);
+        let clients = clients["clients"].as_array().expect("a list of clients");
+        clients.iter().any(|client| client["site"] == "lab" && client["ready"] == true).then_some(())
+    });
     federation.json(&["runs", "resume", RUN]);
     federation.wait_for_run(RUN, "the run to finish", |run| (run["status"] == "finished").then_some(()));
     let with_lab = |round: &u32| federation.contributions(RUN, *round).iter().any(|(site, _)| site == "lab");
