@@ -1,11 +1,16 @@
 //! The effects that take time: reducing a round, publishing a checkpoint, discarding what is spent. Each
 //! runs beside the calls and comes back with an event.
 
-use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use consort_common::{
     checkpoint,
-    ids::RunName,
+    ids::{RunName, SiteName},
     spec::{Aggregation, TokenizerSpec},
     tokenizer::{BYTE_END_OF_TEXT, token_id},
     units::{self, unix_ms_now},
@@ -14,7 +19,7 @@ use tokio::task::spawn_blocking;
 
 use super::{Driver, DriverError, RunMaterial, write_error};
 use crate::{
-    engine::{Event, ReducedFacts, RoundStatistics, Weighted},
+    engine::{Event, ReducedFacts, RoundStatistics, Treatment, Weighted},
     reduce::{self, ReduceInputs, WeightedContribution},
     spool::ContributionKey,
     store::{CheckpointRow, Record},
@@ -86,7 +91,13 @@ impl Driver {
         let contributors = contributions.len();
         // What another rule gives is not the deltas' mean.
         let is_mean = material.spec.outer.aggregation == Aggregation::default();
-        let mean_square = is_mean.then(|| mean_square_norm(&contributions));
+        let reported: BTreeMap<(SiteName, u32), f64> = contributions
+            .iter()
+            .map(|Weighted { contribution, .. }| {
+                let key = (contribution.site.clone(), contribution.round(round));
+                (key, contribution.facts.delta_norm)
+            })
+            .collect();
         let mut claim = driver.early.claim(&material.name).await;
         let outcome = spawn_blocking(move || -> Result<_, DriverError> {
             let contributions = contributions.into_iter().map(|weighted| {
@@ -132,6 +143,7 @@ impl Driver {
         let took = units::duration_ms(unix_ms_now().saturating_sub(begun));
         let digest = outcome.version.digest();
         tracing::info!(round, contributors, took, digest = %digest.short(), "reduced");
+        let spread = spread(&outcome.treatments, &reported, outcome.delta_norm).filter(|_| is_mean);
         Ok(ReducedFacts {
             digest,
             delta_norm: outcome.delta_norm,
@@ -140,7 +152,7 @@ impl Driver {
                 parameter_norm: outcome.statistics.parameter_norm,
                 momentum_norm: outcome.statistics.momentum_norm,
                 update_cosine: outcome.statistics.update_cosine,
-                spread: mean_square.and_then(|mean_square| spread(mean_square, outcome.delta_norm)),
+                spread,
             },
             treatments: outcome.treatments,
             tensors: outcome.tensors,
@@ -294,17 +306,19 @@ impl Driver {
     }
 }
 
-/// Weighted mean of the squared norms of the deltas, as the sites reported them.
-fn mean_square_norm(contributions: &[Weighted]) -> f64 {
-    let total: f64 = contributions.iter().map(|one| one.weight).sum();
-    contributions.iter().map(|one| one.weight / total * one.contribution.facts.delta_norm.powi(2)).sum()
-}
-
 /// Weighted mean of the squared distances of the deltas to their mean, as a multiple of the mean's squared norm:
-/// the mean of their squares, less the square of their mean.
-fn spread(mean_square_norm: f64, mean_norm: f64) -> Option<f64> {
-    let spread = mean_square_norm / mean_norm.powi(2) - 1.0;
-    // The norms are those before encoding, which may make them a little smaller than those that were averaged.
+/// the mean of their squares, less the square of their mean. Norms are those that the reduction found; it finds none
+/// of fp32 and bf16 deltas, which have those that the sites `reported`, but for bf16's rounding.
+fn spread(
+    treatments: &[Treatment],
+    reported: &BTreeMap<(SiteName, u32), f64>,
+    mean_norm: f64,
+) -> Option<f64> {
+    let total: f64 = treatments.iter().map(|one| one.weight).sum();
+    let norm = |one: &Treatment| one.norm.or_else(|| reported.get(&(one.site.clone(), one.round)).copied());
+    let squares: Option<Vec<f64>> =
+        treatments.iter().map(|one| Some(one.weight / total * norm(one)?.powi(2))).collect();
+    let spread = squares?.iter().sum::<f64>() / mean_norm.powi(2) - 1.0;
     spread.is_finite().then_some(spread.max(0.0))
 }
 
@@ -350,11 +364,21 @@ mod tests {
     /// (2, -2) from it, the second (-1, 1), of squares 8 and 2, in the mean 12 / 3 = 4.
     #[test]
     fn the_spread_is_the_mean_squared_distance_to_the_mean() {
-        let found = spread(9.0, 5f64.sqrt()).unwrap();
+        let treatment = |site: &str, weight, norm| {
+            let site = site.parse().unwrap();
+            Treatment { site, round: 1, weight, norm, clip: None, selected: None }
+        };
+        let reported = |norm| BTreeMap::from([(("a".parse().unwrap(), 1), norm)]);
+        // Of the first as its site reported it; of the second, whose site was wrong or lossy, as it was found.
+        let both = [treatment("a", 1.0, None), treatment("b", 2.0, Some(3.0))];
+        let found = spread(&both, &reported(3.0), 5f64.sqrt()).unwrap();
         assert!((found - 4.0 / 5.0).abs() < 1e-12, "{found}");
-        assert_eq!(spread(5.0, 5f64.sqrt()).map(|found| found < 1e-12), Some(true));
-        assert_eq!(spread(4.999, 5f64.sqrt()), Some(0.0));
-        assert_eq!((spread(0.0, 0.0), spread(1.0, 0.0)), (None, None));
+        // Nothing is known of the first.
+        assert_eq!(spread(&both, &BTreeMap::new(), 5f64.sqrt()), None);
+        // A little below 0 by rounding.
+        assert_eq!(spread(&both[..1], &reported(3.0), 3.000_001), Some(0.0));
+        assert_eq!(spread(&both[..1], &reported(0.0), 0.0), None);
+        assert_eq!(spread(&both[..1], &reported(1.0), 0.0), None);
     }
 
     #[test]

@@ -136,7 +136,7 @@ pub struct Treatment {
     /// Its weight in the average, before it is clipped: as it was given for means, 1/n where all n count alike, 0
     /// where it was not selected.
     pub weight: f64,
-    /// L2 norm of what it decodes to; none for the mean, which need not know.
+    /// L2 norm of what it decodes to; none for a mean of fp32 or of bf16 deltas, which are not decoded.
     pub norm: Option<f64>,
     /// By what it was scaled, 0 to 1; none where the rule does not clip.
     pub clip: Option<f64>,
@@ -156,8 +156,8 @@ pub struct RoundStatistics {
     /// them is zero, and with several fragments.
     pub update_cosine: Option<f64>,
     /// Weighted mean of the squared distances of the deltas to their mean, as a multiple of the mean's squared
-    /// norm, from the norms that the sites reported; none where the mean is zero, or the rule of aggregation is not
-    /// the mean.
+    /// norm: from [`Treatment::norm`], or else the norms that the sites reported; none where the mean is zero, or the
+    /// rule of aggregation is not the mean.
     pub spread: Option<f64>,
 }
 

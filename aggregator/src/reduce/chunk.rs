@@ -100,8 +100,9 @@ pub(super) struct FoldedChunk {
     pub(super) record: ChunkRecord,
     /// Of the payloads that went in, in canonical order.
     pub(super) digests: Box<[Digest]>,
-    /// Sums of the squares of each delta's values, in canonical order; empty for a weighted mean.
-    pub(super) squares: Box<[f64]>,
+    /// Sums of the squares of each delta's values, in canonical order; none where a weighted mean adds them as
+    /// they are encoded.
+    pub(super) squares: Box<[Option<f64>]>,
     /// Of each tensor that has values in the chunk, with its place in the manifest.
     pub(super) sums: Box<[(usize, Sums)]>,
 }
@@ -269,14 +270,20 @@ impl Inputs {
 
     /// Reads the chunk of each delta and makes their sums or trimmed means of them; gives the payloads' digests
     /// and what [`FoldedChunk::squares`] holds.
-    fn combine(&self, index: u32, scratch: &mut Scratch) -> Result<(Vec<Digest>, Vec<f64>), ReduceError> {
+    fn combine(
+        &self,
+        index: u32,
+        scratch: &mut Scratch,
+    ) -> Result<(Vec<Digest>, Vec<Option<f64>>), ReduceError> {
         match &self.combination {
             Combination::WeightedMean { total_weight } => {
                 let mut digests = Vec::with_capacity(self.shares.len());
+                let mut squares = Vec::with_capacity(self.shares.len());
                 for group in self.shares.chunks(GROUP_DELTAS) {
-                    self.accumulate(index, group, *total_weight, scratch, &mut digests)?;
+                    let found = self.accumulate(index, group, *total_weight, scratch, &mut digests)?;
+                    squares.extend(&found[..group.len()]);
                 }
-                Ok((digests, Vec::new()))
+                Ok((digests, squares))
             }
             Combination::TrimmedMean(trimmed) => {
                 let Scratch { gather, keys, sums, .. } = scratch;
@@ -288,13 +295,13 @@ impl Inputs {
                         }
                         trimmed.combine(rows, keys, &mut sums[begin..begin + rows[0].len()]);
                     })?;
-                Ok((digests, squares))
+                Ok((digests, squares.into_iter().map(Some).collect()))
             }
         }
     }
 
     /// Reads chunk `index` of each delta of a group and adds them to the sums; adds the digests of what was added
-    /// to `digests`.
+    /// to `digests`. Gives the sum of the squares of each delta's values, if they were decoded.
     fn accumulate(
         &self,
         index: u32,
@@ -302,7 +309,7 @@ impl Inputs {
         total_weight: f64,
         scratch: &mut Scratch,
         digests: &mut Vec<Digest>,
-    ) -> Result<(), ReduceError> {
+    ) -> Result<[Option<f64>; GROUP_DELTAS], ReduceError> {
         let is_first = digests.is_empty();
         let Scratch { payloads, sums, decoded, .. } = scratch;
         for (share, payload) in group.iter().zip(&mut *payloads) {
@@ -311,6 +318,7 @@ impl Inputs {
         }
         let all_are = |encoding| group.iter().all(|share| share.encoding() == encoding);
         let (all_fp32, all_bf16) = (all_are(Encoding::Fp32), all_are(Encoding::Bf16));
+        let mut squares = [0.0; GROUP_DELTAS];
         for (at, sums) in sums.chunks_mut(self.tile_parameters).enumerate() {
             let (begin, length) = (at * self.tile_parameters, sums.len());
             if is_first {
@@ -328,14 +336,16 @@ impl Inputs {
             } else if all_bf16 {
                 kernel::accumulate(sums, weights.zip(tiles.map(|tile| tile.as_chunks::<2>().0)));
             } else {
-                for ((share, tile), decoded) in group.iter().zip(tiles).zip(&mut *decoded) {
+                let decoding = group.iter().zip(tiles).zip(&mut *decoded).zip(&mut squares);
+                for (((share, tile), decoded), square) in decoding {
                     let result = share.encoding().codec().decode(tile, &mut decoded[..length]);
                     result.map_err(|error| damaged(share.delta.key(), index, error.after(begin)))?;
+                    *square += survey::square(&decoded[..length]);
                 }
                 kernel::accumulate(sums, weights.zip(decoded.iter().map(|decoded| &decoded[..length])));
             }
         }
-        Ok(())
+        Ok(squares.map(|square| (!all_fp32 && !all_bf16).then_some(square)))
     }
 
     /// The error of the first delta that has a value that is not finite.

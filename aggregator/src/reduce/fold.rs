@@ -3,7 +3,7 @@
 //! Memory: a core that folds holds one chunk's worth of each vector it works on and a payload (5 to 7 MiB with
 //! the default chunk), kept from chunk to chunk; all cores together stay under
 //! [`SCRATCH_BYTES_MAX`]: cores that this leaves idle would wait for memory anyway. A record is kept of each
-//! chunk: some 200 bytes, and 32 for each contribution; with the default chunk of 1 MiB, a thirty-thousandth
+//! chunk: some 200 bytes, and 48 for each contribution; with the default chunk of 1 MiB, a twenty-thousandth
 //! of the deltas.
 
 use std::sync::{
@@ -227,11 +227,11 @@ impl RoundFold {
         for (key, found) in &left_out {
             check_delta(key, accepted, *found)?;
         }
-        // A fold that finds norms leaves nothing out.
+        // Where the rule leaves something out, which moves the places, its survey has found all norms.
         for (place, treatment) in treatments.iter_mut().enumerate() {
-            let squares = folded.iter().filter_map(|chunk| chunk.squares.get(place));
-            let norm = squares.copied().reduce(|sum, square| sum + square).map(f64::sqrt);
-            treatment.norm = norm.or(treatment.norm);
+            let squares = folded.iter().filter_map(|chunk| *chunk.squares.get(place)?);
+            let norm = squares.reduce(|sum, square| sum + square).map(f64::sqrt);
+            treatment.norm = treatment.norm.or(norm);
         }
         let mut sums = Sums::default();
         let pieces = || folded.iter().flat_map(|chunk| chunk.sums.iter().copied());

@@ -187,7 +187,7 @@ fn contribution_lines(contributions: &[v1::Contribution], output: &Output) -> Ve
     table.render(output.columns, output.paint)
 }
 
-/// What a rule of aggregation other than the mean did with the deltas.
+/// What the rule of aggregation found and did.
 fn treatment_lines(contributions: &[v1::Contribution], output: &Output) -> Vec<String> {
     let mut table = Table::new([
         Column::name("SITE"),

@@ -152,12 +152,13 @@ fn the_record_says_what_was_done_with_each_delta() {
     let deltas: WeightedDeltas = [[3.0, 4.0], [4.0, 3.0], [3.5, 3.5], [5.0, 0.0], [0.0, -500.0]]
         .map(|delta| (2.0, delta.to_vec()))
         .to_vec();
-    let treatments = |rule: &Aggregation| {
-        let fixture = fixture(rule, 2, 2, Encoding::Fp32);
+    let encoded = |rule: &Aggregation, encoding: Encoding| {
+        let fixture = fixture(rule, 2, 2, encoding);
         let mut contributions = deliver(&fixture, &deltas);
         contributions.reverse();
         fixture.reduce(0, &contributions).unwrap().treatments
     };
+    let treatments = |rule: &Aggregation| encoded(rule, Encoding::Fp32);
     let norms = [Some(5.0), Some(5.0), Some(24.5f64.sqrt()), Some(5.0), Some(500.0)];
     let all = |treatments: &[Treatment]| treatments.iter().map(|one| one.norm).collect::<Vec<_>>();
 
@@ -178,6 +179,9 @@ fn the_record_says_what_was_done_with_each_delta() {
     assert!(median.iter().all(|one| (one.weight, one.clip, one.selected) == (0.2, None, None)));
     let mean = treatments(&Aggregation::default());
     assert!(mean.iter().all(|one| (one.weight, one.norm) == (2.0, None)));
+    // What is decoded is measured.
+    let mean = encoded(&Aggregation::default(), Encoding::Fp16);
+    assert_eq!(all(&mean), norms);
 }
 
 #[test]
