@@ -14,7 +14,7 @@ use std::panic::catch_unwind;
 
 use consort_common::{
     ids::{Digest, SiteName},
-    spec::{AdaptiveDeadline, RunSpec, Sampling, Weighting},
+    spec::{AdaptiveDeadline, Aggregation, RunSpec, Sampling, Weighting},
 };
 use rand::{Rng, SeedableRng, seq::IndexedRandom};
 use rand_chacha::ChaCha8Rng;
@@ -92,7 +92,9 @@ fn check_tally(tally: &Tally, schedules: u64) {
     ] {
         assert!(count > schedules / 50, "{what}: {count}");
     }
-    assert!(tally.given_up > schedules / 500, "given up: {}", tally.given_up);
+    for (what, count) in [("given up", tally.given_up), ("left out", tally.left_out)] {
+        assert!(count > schedules / 500, "{what}: {count}");
+    }
 }
 
 /// One schedule: a random plan, chaos, calm.
@@ -156,7 +158,7 @@ fn random_plan(specification: &RunSpec, sites: u32, dice: &mut ChaCha8Rng) -> (P
         participation.adaptive_deadline = None;
     }
     let adaptive = spec.participation.adaptive_deadline.as_ref();
-    let terms = Terms {
+    let mut terms = Terms {
         rounds: spec.rounds,
         minimum: spec.participation.minimum_clients.max(1) as usize,
         quorum: spec.participation.quorum as usize,
@@ -169,7 +171,12 @@ fn random_plan(specification: &RunSpec, sites: u32, dice: &mut ChaCha8Rng) -> (P
         staleness_max: spec.participation.staleness_max,
         staleness_exponent: spec.participation.staleness_exponent,
         buffer: spec.participation.buffer as usize,
+        deltas_min: 1,
     };
+    if terms.least() >= 3 && dice.random() {
+        spec.outer.aggregation = Aggregation::Median {};
+        terms.deltas_min = 3;
+    }
     (Plan::new(&spec), terms)
 }
 
@@ -201,7 +208,15 @@ fn chaos(world: &mut World, sites: &[SiteName], dice: &mut ChaCha8Rng) {
         76..86 => perform(world, dice),
         86..94 if !world.reductions.is_empty() => {
             let index = dice.random_range(0..world.reductions.len());
-            world.finish_reduction(index, dice.random_ratio(3, 4));
+            match dice.random_range(0..8) {
+                0..5 => world.finish_reduction(index),
+                5 => world.fail_reduction(index, None),
+                _ => {
+                    let round = world.reductions[index];
+                    let trained = round.saturating_sub(if dice.random_ratio(3, 4) { 0 } else { 1 });
+                    world.fail_reduction(index, Some((one, trained)));
+                }
+            }
         }
         86..94 => perform(world, dice),
         94..96 => {
@@ -331,7 +346,7 @@ fn cooperate(world: &mut World, live: &[SiteName]) -> bool {
     }
     while !world.reductions.is_empty() {
         was_busy = true;
-        world.finish_reduction(0, true);
+        world.finish_reduction(0);
     }
     while let Some(version) = world.publications.pop() {
         was_busy = true;

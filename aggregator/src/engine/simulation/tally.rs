@@ -25,6 +25,8 @@ pub(super) struct Tally {
     pub rejections: u64,
     pub crashes: u64,
     pub failed_reductions: u64,
+    /// Deltas that turned out to be spoilt, and were left out of the average.
+    pub left_out: u64,
     pub finished: u64,
     /// Deltas that were accepted for a later round than their own; sites whose work for an earlier round was given
     /// up for want of others; rounds of the buffered mode.
@@ -51,6 +53,7 @@ impl Tally {
             rejections: self.rejections + other.rejections,
             crashes: self.crashes + other.crashes,
             failed_reductions: self.failed_reductions + other.failed_reductions,
+            left_out: self.left_out + other.left_out,
             finished: self.finished + other.finished,
             folded: self.folded + other.folded,
             given_up: self.given_up + other.given_up,
@@ -77,6 +80,8 @@ pub(super) struct Terms {
     pub staleness_exponent: f64,
     /// 0: rounds are synchronous.
     pub buffer: usize,
+    /// Deltas that the rule of aggregation takes.
+    pub deltas_min: usize,
 }
 
 impl Terms {

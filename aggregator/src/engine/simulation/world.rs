@@ -29,6 +29,8 @@ pub(super) struct World {
     contributions: BTreeMap<(u32, SiteName), Contribution>,
     commits: Vec<RoundRecord>,
     evaluations: BTreeSet<(u32, SiteName)>,
+    /// Whose deltas, of which round, are spoilt and left out of an average.
+    left_out: BTreeSet<(u32, SiteName)>,
     /// Deltas on disk, by round and site.
     spool: BTreeSet<(u32, SiteName)>,
     /// Who was ever put to work, by round, and for how many steps.
@@ -53,6 +55,7 @@ impl World {
             contributions: BTreeMap::new(),
             commits: Vec::new(),
             evaluations: BTreeSet::new(),
+            left_out: BTreeSet::new(),
             spool: BTreeSet::new(),
             assigned: BTreeMap::new(),
             was_disturbed: false,
@@ -97,6 +100,9 @@ impl World {
         if let Event::Reduced { round, .. } | Event::ReduceFailed { round, .. } = event {
             let is_reducing = matches!(&before.state().phase, Phase::Reducing(one) if one.round == round);
             assert_eq!(outcome.is_ok(), is_reducing, "a reduction is taken where it is waited for");
+        }
+        if let (Event::ReduceFailed { round, spoilt: Some(spoilt), .. }, Ok(_)) = (&event, &outcome) {
+            self.check_spoilt(*round, spoilt);
         }
         match outcome {
             Ok(effects) => {
@@ -160,7 +166,8 @@ impl World {
             Effect::DiscardSpool { round, keep } => {
                 let is_aborted = matches!(self.state().status, RunStatus::Aborted { .. });
                 let is_needed = |key: &(u32, SiteName), one: &Contribution| {
-                    key.0 <= round && !keep.contains(&key.0) && key.0 + one.age > self.state().version
+                    let is_averaged = key.0 + one.age > self.state().version && !self.left_out.contains(key);
+                    key.0 <= round && !keep.contains(&key.0) && is_averaged
                 };
                 let is_any_needed = self.contributions.iter().any(|(key, one)| is_needed(key, one));
                 assert!(is_aborted || round <= self.state().version, "only spent deltas are deleted");
@@ -196,13 +203,41 @@ impl World {
         self.crash();
     }
 
-    pub(super) fn finish_reduction(&mut self, index: usize, succeeds: bool) {
+    pub(super) fn finish_reduction(&mut self, index: usize) {
         let round = self.reductions.swap_remove(index);
-        if succeeds {
-            self.take(Event::Reduced { round, facts: reduced(round) });
-        } else if self.take(Event::ReduceFailed { round, reason: "no space left".into(), spoilt: None }) {
+        self.take(Event::Reduced { round, facts: reduced(round) });
+    }
+
+    pub(super) fn fail_reduction(&mut self, index: usize, spoilt: Option<(SiteName, u32)>) {
+        let round = self.reductions.swap_remove(index);
+        if self.take(Event::ReduceFailed { round, reason: "it could not be read".into(), spoilt }) {
             self.tally.failed_reductions += 1;
         }
+    }
+
+    /// A delta that is spoilt is left out where the others are enough, by the oracle's own books, and no other is.
+    fn check_spoilt(&mut self, round: u32, (site, trained): &(SiteName, u32)) {
+        let averaged: Vec<(u32, SiteName, u32)> =
+            self.contributions_of(round).map(|one| (one.round(round), one.site.clone(), one.age)).collect();
+        let counting = |deltas: &[(u32, SiteName, u32)]| {
+            deltas.iter().filter(|(.., age)| *age == 0 || self.terms.buffer > 0).count()
+        };
+        let others: Vec<_> =
+            averaged.iter().filter(|(of, by, _)| (of, by) != (trained, site)).cloned().collect();
+        let least = match (self.terms.buffer, self.terms.quorum) {
+            (0, 0) => self.terms.minimum.min(counting(&averaged)),
+            (0, quorum) => quorum,
+            _ => 1,
+        };
+        let are_enough = counting(&others) >= least && others.len() >= self.terms.deltas_min;
+        if others.len() < averaged.len() && are_enough {
+            self.left_out.insert((*trained, site.clone()));
+            self.tally.left_out += 1;
+        }
+        let Phase::Reducing(reducing) = &self.state().phase else { panic!("it is tried again") };
+        let key = |one: &Contribution| (one.round(round), one.site.clone());
+        let remaining: BTreeSet<_> = reducing.contributions.iter().map(key).collect();
+        assert_eq!(remaining, self.contributions_of(round).map(key).collect());
     }
 
     /// The oracle's answer to a delivery, from its own books.
@@ -232,7 +267,8 @@ impl World {
         // What counts in a later round than its own: who was given up, `check_behind` sees.
         let is_behind = before.behind.get(site).is_some_and(|behind| behind.round == round);
         let filled = reduced_round.map_or(before.version + 1, |reduced| reduced + 1);
-        let is_pending = first.is_some_and(|first| round + first.age > before.version);
+        let is_left_out = self.left_out.contains(&(round, site.clone()));
+        let is_pending = first.is_some_and(|first| round + first.age > before.version) && !is_left_out;
         let is_current = is_running && is_pending;
         let is_open = open_round == Some(round) || is_behind;
         match (first, outcome) {
@@ -368,8 +404,12 @@ impl World {
         self.terms.over_selection > 0 && !self.was_disturbed && training.sites.len() > reduced.len()
     }
 
+    /// What was accepted for `round`, but for what was left out of it since.
     fn contributions_of(&self, round: u32) -> impl Iterator<Item = &Contribution> {
-        self.contributions.iter().filter(move |((of, _), one)| *of + one.age == round).map(|(_, one)| one)
+        let counts = move |(key, one): &(&(u32, SiteName), &Contribution)| {
+            key.0 + one.age == round && !self.left_out.contains(*key)
+        };
+        self.contributions.iter().filter(counts).map(|(_, one)| one)
     }
 
     fn check_commit(&mut self, record: RoundRecord) {
@@ -406,7 +446,11 @@ impl World {
         assert_eq!(names.len(), self.contributions_of(record.round).count(), "what was recorded is counted");
         let fresh = record.contributions.iter().filter(|one| one.contribution.age == 0).count();
         let counting = if self.terms.buffer > 0 { names.len() } else { fresh };
-        assert!(counting >= self.terms.least(), "no round without its quorum, or the minimum");
+        let is_lessened = self.left_out.iter().any(|key| key.0 + self.contributions[key].age == record.round);
+        // A buffer was full before one of its deltas was left out.
+        let least = if self.terms.buffer > 0 && is_lessened { 1 } else { self.terms.least() };
+        assert!(counting >= least, "no round without its quorum, or the minimum");
+        assert!(names.len() >= self.terms.deltas_min, "no round without what its rule takes");
         self.tally.buffers += u64::from(self.terms.buffer > 0);
         self.tally.commits += 1;
         self.tally.retried += u64::from(record.attempts > 1);
