@@ -211,6 +211,13 @@ mod tests {
         check(&OuterOptimizer::FedAvg {}, &[0.5, -0.25, -2.0], &[&[1.5], &[1.25], &[-0.75]]);
     }
 
+    /// As Photon's authors take it: the momentum is the delta, and does nothing.
+    #[test]
+    fn nesterov_without_momentum_adds_the_delta() {
+        let photon = OuterOptimizer::Nesterov { learning_rate: 1.0, momentum: 0.0 };
+        check(&photon, &[0.5, -0.25, -2.0], &[&[1.5, 0.5], &[1.25, -0.25], &[-0.75, -2.0]]);
+    }
+
     /// Worked out by hand, with lr = mu = 1/2:
     /// d = 1:  m = 1;               p = 1 + 1/2 = 1.5
     /// d = 1:  m = 1/2 + 1 = 1.5;   p = 1.5 + 0.75 = 2.25
@@ -270,6 +277,7 @@ mod tests {
     fn every_optimizer_stays_at_a_reference_in_f64() {
         let (lr, mu, beta1, beta2, tau) = (0.7, 0.9, 0.9, 0.99, 1e-3);
         let optimizers = [
+            OuterOptimizer::FedAvg {},
             OuterOptimizer::Sgd { learning_rate: lr, momentum: mu },
             OuterOptimizer::Nesterov { learning_rate: lr, momentum: mu },
             OuterOptimizer::FedAdam { learning_rate: lr, beta1, beta2, tau },
