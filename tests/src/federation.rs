@@ -118,17 +118,27 @@ impl TestFederation {
         let announcement = self.aggregator_state().join("listening");
         let _ = fs::remove_file(&announcement);
         let port = self.endpoint.as_ref().map_or("0", |endpoint| endpoint.rsplit(':').next().unwrap_or("0"));
-        let mut process = Process::start(
-            Command::new(binaries::aggregator())
-                .arg("--config")
-                .arg(self.kit("aggregator-main").join("aggregator.toml"))
-                .env("CONSORT_AGGREGATOR_LISTEN", format!("127.0.0.1:{port}"))
-                .env("CONSORT_AGGREGATOR_LIMITS__DISK_RESERVE_BYTES", "1000000")
-                .envs(self.aggregator_environment.iter().cloned()),
-            &self.path().join("aggregator.log"),
-        );
+        let start = || {
+            Process::start(
+                Command::new(binaries::aggregator())
+                    .arg("--config")
+                    .arg(self.kit("aggregator-main").join("aggregator.toml"))
+                    .env("CONSORT_AGGREGATOR_LISTEN", format!("127.0.0.1:{port}"))
+                    .env("CONSORT_AGGREGATOR_LIMITS__DISK_RESERVE_BYTES", "1000000")
+                    .envs(self.aggregator_environment.iter().cloned()),
+                &self.path().join("aggregator.log"),
+            )
+        };
+        let mut process = start();
         let address = wait_for("the aggregator to listen", || {
-            assert!(process.is_running(), "the aggregator ended:\n{}", process.output());
+            if !process.is_running() {
+                // While it was down the system may have given its port to another test, for a while.
+                let output = process.output();
+                let is_taken =
+                    port != "0" && output.lines().rev().take(4).any(|line| line.contains("cannot listen on"));
+                assert!(is_taken, "the aggregator ended:\n{output}");
+                process = start();
+            }
             fs::read_to_string(&announcement).ok().filter(|address| !address.is_empty())
         });
         let port = address.rsplit(':').next().expect("an address has a port").to_owned();

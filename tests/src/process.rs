@@ -8,7 +8,7 @@ use std::{
 };
 
 /// Longest that a test waits for anything; far above what any wait should take, so that a hang fails.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Pause between two looks at a condition that nothing announces.
 const POLL: Duration = Duration::from_millis(20);

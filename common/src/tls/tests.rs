@@ -366,7 +366,7 @@ async fn what_is_not_tls_at_all_is_told() {
 #[tokio::test]
 async fn silent_and_babbling_peers_are_cut_and_stop_nobody() {
     let ca = Ca::new("acme");
-    let limits = IncomingLimits { handshakes_max: 4, handshake_timeout: Duration::from_millis(300) };
+    let limits = IncomingLimits { handshakes_max: 4, handshake_timeout: Duration::from_secs(1) };
     let server = serve(&Member::aggregator().credentials(&ca, &ca), limits).await;
     let site = Member::site().credentials(&ca, &ca);
     let socket = (server.address.host().to_owned(), server.address.port());
@@ -387,7 +387,7 @@ async fn silent_and_babbling_peers_are_cut_and_stop_nobody() {
 #[tokio::test]
 async fn a_peer_that_is_silent_after_its_handshake_is_cut_and_one_that_spoke_is_not() {
     let ca = Ca::new("acme");
-    let limits = IncomingLimits { handshakes_max: 4, handshake_timeout: Duration::from_millis(300) };
+    let limits = IncomingLimits { handshakes_max: 4, handshake_timeout: Duration::from_secs(1) };
     let server = serve(&Member::aggregator().credentials(&ca, &ca), limits).await;
     let site = Member::site().credentials(&ca, &ca);
     let mut spoke = dial(&server.address, &site).await.unwrap();
