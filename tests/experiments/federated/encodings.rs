@@ -92,6 +92,21 @@ fn compare(work: &Work, start: Start, table: &mut Table, findings: &mut Vec<Find
     }
     .draw(&work.path(&format!("E2 from {from}.svg")))?;
 
+    let trial = federated(1)?;
+    let (gradients, bytes) = (trial.gradient_bytes()?, |encoding| trial.delta_bytes(encoding));
+    let (mut times, mut exact) = (Vec::new(), fp32.first.bytes_up == bytes(Encoding::Fp32)?);
+    for (encoding, result) in &results {
+        times.push(format!("{} {:.2}", encoding.name(), gradients / result.first.bytes_up));
+        exact &= result.first.bytes_up == bytes(*encoding)?;
+    }
+    findings.push(Finding {
+        experiment: "E2",
+        relation: format!(
+            "from {from}: bytes of deltas fall by H = {LOCAL_STEPS} times the encoding's ratio, exactly"
+        ),
+        measured: times.join(", "),
+        holds: exact,
+    });
     let mut finding = |relation: String, measured: f64, holds: bool| {
         let relation = format!("from {from}: {relation}");
         findings.push(Finding { experiment: "E2", relation, measured: percent(measured), holds });

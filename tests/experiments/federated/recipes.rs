@@ -1,12 +1,12 @@
-//! E4: Photon's recipe (arXiv 2411.02908: the mean as it is, fresh optimizer state in each round, small batches)
-//! against DiLoCo's (arXiv 2311.08105: Nesterov's momentum outside, optimizer state kept).
+//! E4: Photon's recipe (arXiv 2411.02908: the mean as it is, fresh optimizer state in each round, small batches
+//! with high learning rates) against DiLoCo's (arXiv 2311.08105: Nesterov's momentum outside, optimizer state kept).
 
 use anyhow::Result;
 use toml::Table as Toml;
 
 use super::{
     Finding, LOCAL_STEPS, Work,
-    averaging::BySeed,
+    averaging::{BySeed, Start},
     chart::{Chart, Series},
     corpora::Split,
     report::{Table, loss, mean, percent},
@@ -15,37 +15,65 @@ use super::{
 
 const SITES: usize = 4;
 
-/// E4: at matched tokens, and at matched seconds of training.
+/// E4: at matched tokens, and at matched seconds of training; in the long form from both starts of E1.
 pub(super) fn run(work: &Work) -> Result<Vec<Finding>> {
+    let mut table = Table::new(&[
+        "start",
+        "recipe",
+        "batch of a site",
+        "rounds",
+        "M tokens",
+        "training s",
+        "loss",
+        "to DiLoCo",
+    ]);
+    let mut findings = Vec::new();
+    let starts = [Start::NewWeights, Start::TrainedModel];
+    for start in if work.full { &starts[..] } else { &starts[..1] } {
+        compare(work, *start, &mut table, &mut findings)?;
+    }
+    table.show("E4: Photon's recipe and DiLoCo's, 4 sites.", &work.path("E4.csv"))?;
+    Ok(findings)
+}
+
+/// The rows and the chart of one start.
+fn compare(work: &Work, start: Start, table: &mut Table, findings: &mut Vec<Finding>) -> Result<()> {
     let seeds = work.seeds();
+    let from = start.name();
+    let plain = |seed| start.of(work, work.federated(SITES, Split::Mixed, LOCAL_STEPS, seed)?, seed);
     let diloco = |seed| -> Result<Trial> {
         let outer: Toml = toml::from_str("kind = \"nesterov\"\nlearning_rate = 0.7\nmomentum = 0.9")?;
-        Ok(work.federated(SITES, Split::Mixed, LOCAL_STEPS, seed)?.with("outer.optimizer", outer))
+        Ok(plain(seed)?.with("outer.optimizer", outer))
     };
-    let photon = |seed| -> Result<Trial> {
-        Ok(work.federated(SITES, Split::Mixed, LOCAL_STEPS, seed)?.with("training.optimizer_state", "reset"))
-    };
+    let photon = |seed| -> Result<Trial> { Ok(plain(seed)?.with("training.optimizer_state", "reset")) };
     // Half the batch and twice the steps in as many rounds.
-    let small = |seed| {
+    let small = |seed| -> Result<Trial> {
         let trial = photon(seed)?;
         let batch = trial.integer("training.batch_size") / 2;
         Ok(trial.with("training.batch_size", batch).with("training.local_steps", 2 * LOCAL_STEPS))
     };
-    let reference = work.by_seed("DiLoCo's recipe", &seeds, diloco)?;
-    let same_batch = work.by_seed("Photon's recipe, DiLoCo's batch", &seeds, photon)?;
-    let same_tokens = work.by_seed("Photon's recipe, half the batch", &seeds, small)?;
+    let fast = |seed| -> Result<Trial> {
+        let trial = small(seed)?;
+        let rate = 2.0 * trial.number("training.optimizer.learning_rate");
+        Ok(trial.with("training.optimizer.learning_rate", rate))
+    };
+    let by_seed = |name: &str, make: &dyn Fn(i64) -> Result<Trial>| {
+        work.by_seed(&format!("{name}, from {from}"), &seeds, make)
+    };
+    let reference = by_seed("DiLoCo's recipe", &diloco)?;
+    let same_batch = by_seed("Photon's recipe, DiLoCo's batch", &photon)?;
+    let same_tokens = by_seed("Photon's recipe, half the batch", &small)?;
+    let twice_the_rate = by_seed("Photon's recipe, half the batch, twice the learning rate", &fast)?;
     let share = (reference.first.train_seconds / same_tokens.first.train_seconds).min(1.0);
     let rounds = ((diloco(1)?.integer("rounds") as f64 * share).round() as i64).max(1);
-    let same_seconds = work.by_seed("Photon's recipe, half the batch, as many seconds", &seeds, |seed| {
-        Ok(small(seed)?.with("rounds", rounds))
-    })?;
+    let timed = |seed| Ok(small(seed)?.with("rounds", rounds));
+    let same_seconds = by_seed("Photon's recipe, half the batch, as many seconds", &timed)?;
 
-    let mut table =
-        Table::new(&["recipe", "batch of a site", "rounds", "M tokens", "training s", "loss", "to DiLoCo"]);
     let mut series = Vec::new();
     let mut row = |name: &str, trial: &Trial, result: &BySeed| {
         let batch = trial.integer("training.batch_size") as f64;
         table.row([
+            from.to_owned(),
             name.to_owned(),
             trial.integer("training.batch_size").to_string(),
             trial.integer("rounds").to_string(),
@@ -61,22 +89,25 @@ pub(super) fn run(work: &Work) -> Result<Vec<Finding>> {
     row("DiLoCo", &diloco(1)?, &reference);
     row("Photon, the same batch", &photon(1)?, &same_batch);
     row("Photon, half the batch", &small(1)?, &same_tokens);
-    row("the same, as many seconds", &small(1)?.with("rounds", rounds), &same_seconds);
-    table.show("E4: Photon's recipe and DiLoCo's, 4 sites.", &work.path("E4.csv"))?;
+    row("the same, twice the learning rate", &fast(1)?, &twice_the_rate);
+    row("half the batch, as many seconds", &timed(1)?, &same_seconds);
     Chart {
-        title: "E4: held-out loss by recipe",
+        title: &format!("E4: held-out loss by recipe, from {from}"),
         x: "million tokens",
         y: "nats per byte",
         log_x: true,
         log_y: false,
         series,
     }
-    .draw(&work.path("E4.svg"))?;
-    let relative = same_tokens.relative_to(&reference);
-    Ok(vec![Finding {
-        experiment: "E4",
-        relation: "Photon's recipe learns more of as many tokens (2411.02908)".to_owned(),
-        measured: percent(relative),
-        holds: relative < 1.0,
-    }])
+    .draw(&work.path(&format!("E4 from {from}.svg")))?;
+    for (what, result) in [("as many tokens", &same_tokens), ("as many seconds", &same_seconds)] {
+        let relative = result.relative_to(&reference);
+        findings.push(Finding {
+            experiment: "E4",
+            relation: format!("from {from}: Photon's recipe learns more of {what} (2411.02908)"),
+            measured: percent(relative),
+            holds: relative < 1.0,
+        });
+    }
+    Ok(())
 }

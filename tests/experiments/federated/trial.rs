@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use consort_common::{ids::Digest, spec::RunSpec};
+use consort_common::{codec::Encoding, ids::Digest, spec::RunSpec};
 use consort_tests::{binaries, federation::device};
 use serde::Serialize;
 use serde_json::Value;
@@ -99,9 +99,17 @@ impl Trial {
 
     /// A number of the specification; 0 if it has none there.
     pub(super) fn integer(&self, key: &str) -> i64 {
+        self.value(key).as_ref().and_then(toml::Value::as_integer).unwrap_or_default()
+    }
+
+    fn value(&self, key: &str) -> Option<toml::Value> {
         let spec = toml::Value::Table(self.spec.clone());
-        let found = key.split('.').try_fold(&spec, |at, part| at.get(part));
-        found.and_then(toml::Value::as_integer).unwrap_or_default()
+        key.split('.').try_fold(&spec, |at, part| at.get(part)).cloned()
+    }
+
+    /// As [`Trial::integer`], of a real number.
+    pub(super) fn number(&self, key: &str) -> f64 {
+        self.value(key).as_ref().and_then(toml::Value::as_float).unwrap_or_default()
     }
 
     /// Optimizer steps of each site.
@@ -113,6 +121,15 @@ impl Trial {
     pub(super) fn gradient_bytes(&self) -> Result<f64> {
         let parameters = RunSpec::parse(&toml::to_string(&self.spec)?)?.model.manifest().parameters();
         Ok(4.0 * parameters as f64 * self.steps() as f64 * self.sites() as f64)
+    }
+
+    /// Bytes of all deltas, if each chunk has what `encoding` makes of it and no more.
+    pub(super) fn delta_bytes(&self, encoding: Encoding) -> Result<f64> {
+        let plan = RunSpec::parse(&toml::to_string(&self.spec)?)?.chunk_plan();
+        let lengths: Vec<usize> =
+            (0..plan.chunks()).map(|index| plan.length(index)).collect::<Result<_, _>>()?;
+        let delta: usize = lengths.into_iter().map(|length| encoding.codec().encoded_bytes(length)).sum();
+        Ok(delta as f64 * self.integer("rounds") as f64 * self.sites() as f64)
     }
 
     fn sites(&self) -> usize {
