@@ -136,7 +136,8 @@ pub struct Treatment {
     /// Its weight in the average, before it is clipped: as it was given for means, 1/n where all n count alike, 0
     /// where it was not selected.
     pub weight: f64,
-    /// L2 norm of what it decodes to; none for a mean of fp32 or of bf16 deltas, which are not decoded.
+    /// L2 norm of what it decodes to; none where it was not decoded: a mean adds fp32 and bf16 as they are, unless
+    /// it adds them with others.
     pub norm: Option<f64>,
     /// By what it was scaled, 0 to 1; none where the rule does not clip.
     pub clip: Option<f64>,

@@ -331,8 +331,9 @@ impl Turn<'_> {
         let (healthy, lost): (Vec<Contribution>, Vec<Contribution>) =
             reducing.contributions.iter().cloned().partition(|one| !is_spoilt(one));
         let (delivered, others) = (counting(&reducing.contributions), counting(&healthy));
-        let are_enough =
-            others >= self.plan.quorum(others, delivered) && healthy.len() as u64 >= self.plan.deltas_min();
+        // More than were wanted may have delivered: replaced sites' deltas count, too.
+        let quorum = self.plan.quorum(others, self.plan.sites_wanted(delivered));
+        let are_enough = others >= quorum && healthy.len() as u64 >= self.plan.deltas_min();
         let leave_out = !lost.is_empty() && are_enough;
         if leave_out {
             reducing.contributions = healthy;

@@ -92,7 +92,9 @@ fn check_tally(tally: &Tally, schedules: u64) {
     ] {
         assert!(count > schedules / 50, "{what}: {count}");
     }
-    for (what, count) in [("given up", tally.given_up), ("left out", tally.left_out)] {
+    for (what, count) in
+        [("given up", tally.given_up), ("left out", tally.left_out), ("spoilt and kept", tally.kept)]
+    {
         assert!(count > schedules / 500, "{what}: {count}");
     }
 }

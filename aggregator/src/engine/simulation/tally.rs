@@ -25,8 +25,9 @@ pub(super) struct Tally {
     pub rejections: u64,
     pub crashes: u64,
     pub failed_reductions: u64,
-    /// Deltas that turned out to be spoilt, and were left out of the average.
+    /// Deltas that turned out to be spoilt, and were left out of the average, or not, for want of others.
     pub left_out: u64,
+    pub kept: u64,
     pub finished: u64,
     /// Deltas that were accepted for a later round than their own; sites whose work for an earlier round was given
     /// up for want of others; rounds of the buffered mode.
@@ -54,6 +55,7 @@ impl Tally {
             crashes: self.crashes + other.crashes,
             failed_reductions: self.failed_reductions + other.failed_reductions,
             left_out: self.left_out + other.left_out,
+            kept: self.kept + other.kept,
             finished: self.finished + other.finished,
             folded: self.folded + other.folded,
             given_up: self.given_up + other.given_up,

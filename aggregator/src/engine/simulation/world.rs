@@ -224,15 +224,14 @@ impl World {
         };
         let others: Vec<_> =
             averaged.iter().filter(|(of, by, _)| (of, by) != (trained, site)).cloned().collect();
-        let least = match (self.terms.buffer, self.terms.quorum) {
-            (0, 0) => self.terms.minimum.min(counting(&averaged)),
-            (0, quorum) => quorum,
-            _ => 1,
-        };
+        let least = if self.terms.buffer > 0 { 1 } else { self.terms.least() };
         let are_enough = counting(&others) >= least && others.len() >= self.terms.deltas_min;
-        if others.len() < averaged.len() && are_enough {
-            self.left_out.insert((*trained, site.clone()));
-            self.tally.left_out += 1;
+        if others.len() < averaged.len() {
+            if are_enough {
+                self.left_out.insert((*trained, site.clone()));
+            }
+            self.tally.left_out += u64::from(are_enough);
+            self.tally.kept += u64::from(!are_enough);
         }
         let Phase::Reducing(reducing) = &self.state().phase else { panic!("it is tried again") };
         let key = |one: &Contribution| (one.round(round), one.site.clone());
