@@ -23,7 +23,12 @@ fn run(federation: &mut TestFederation, spec: &str) -> Vec<Value> {
         federation.start_client(site);
     }
     federation.wait_for_run(RUN, "the run to finish", |run| (run["status"] == "finished").then_some(()));
-    federation.json(&["rounds", "list", RUN])["rounds"].as_array().expect("a list of rounds").clone()
+    let rounds = federation.json(&["rounds", "list", RUN]);
+    let rounds = rounds["rounds"].as_array().expect("a list of rounds").clone();
+    // The sites' deltas differ, however they are encoded.
+    let spreads: Vec<_> = rounds.iter().map(|round| round["spread"].as_f64()).collect();
+    assert!(spreads.iter().all(|spread| spread.is_some_and(|spread| spread > 0.0)), "{spreads:?}");
+    rounds
 }
 
 fn numbers(rounds: &[Value], name: &str) -> Vec<u64> {

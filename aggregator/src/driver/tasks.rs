@@ -308,7 +308,7 @@ impl Driver {
 
 /// Weighted mean of the squared distances of the deltas to their mean, as a multiple of the mean's squared norm:
 /// the mean of their squares, less the square of their mean. Norms are those that the reduction found; it finds none
-/// of fp32 and bf16 deltas, which have those that the sites `reported`, but for bf16's rounding.
+/// of fp32 and bf16 deltas that it does not decode, which have those that the sites `reported`, but for bf16's rounding.
 fn spread(
     treatments: &[Treatment],
     reported: &BTreeMap<(SiteName, u32), f64>,
@@ -368,7 +368,8 @@ mod tests {
             let site = site.parse().unwrap();
             Treatment { site, round: 1, weight, norm, clip: None, selected: None }
         };
-        let reported = |norm| BTreeMap::from([(("a".parse().unwrap(), 1), norm)]);
+        let reported =
+            |norm| BTreeMap::from([(("a".parse().unwrap(), 1), norm), (("b".parse().unwrap(), 1), 500.0)]);
         // Of the first as its site reported it; of the second, whose site was wrong or lossy, as it was found.
         let both = [treatment("a", 1.0, None), treatment("b", 2.0, Some(3.0))];
         let found = spread(&both, &reported(3.0), 5f64.sqrt()).unwrap();

@@ -105,6 +105,7 @@ fn deltas_in_different_encodings_are_averaged_as_what_they_decode_to() {
     let mut fixture = Fixture::new(&[0.0; 10_000], 4096 + 100, Encoding::Fp32, OuterOptimizer::FedAvg {});
     let delta: Vec<f32> = (0..10_000u16).map(|at| (f32::from(at) * 0.01).sin()).collect();
     let mut expected = vec![0.0f64; delta.len()];
+    let mut norms = Vec::new();
     let contributions: Vec<_> = Encoding::ALL
         .iter()
         .enumerate()
@@ -113,15 +114,21 @@ fn deltas_in_different_encodings_are_averaged_as_what_they_decode_to() {
             let contribution = fixture.deliver(1, &format!("site-{site}"), 1.0, &delta);
             let weight = 1.0 / Encoding::ALL.len() as f64;
             let decoded = after_the_wire(*encoding, 4096 + 100, &delta);
+            norms.push(decoded.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt());
             for (sum, value) in expected.iter_mut().zip(decoded) {
                 *sum += weight * f64::from(value);
             }
             contribution
         })
         .collect();
-    fixture.reduce(0, &contributions).unwrap();
+    let treatments = fixture.reduce(0, &contributions).unwrap().treatments;
     let expected: Vec<f32> = expected.into_iter().map(|sum| sum as f32).collect();
     assert_eq!(fixture.parameters(1), expected);
+    // In this order none is beside another of its encoding, so that all are decoded.
+    for (treatment, norm) in treatments.iter().zip(norms) {
+        let found = treatment.norm.unwrap();
+        assert!((found / norm - 1.0).abs() < 1e-12, "{}: {found}, not {norm}", treatment.site);
+    }
 }
 
 #[test]
