@@ -5,6 +5,8 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Output},
+    thread,
+    time::Duration,
 };
 
 use consort_common::ids::Digest;
@@ -15,6 +17,10 @@ use crate::{Process, binaries, process::wait_for, texts};
 
 /// The name of every federation under test.
 pub const FEDERATION: &str = "test";
+
+/// How often an aggregator is started that finds the port which it had before taken, and the pause between.
+const STARTS_MAX: u32 = 5;
+const START_PAUSE: Duration = Duration::from_secs(1);
 
 /// A federation under test. Everything lies in one temporary directory; all processes die with it.
 pub struct TestFederation {
@@ -129,14 +135,18 @@ impl TestFederation {
                 &self.path().join("aggregator.log"),
             )
         };
+        let log = fs::read(self.path().join("aggregator.log")).unwrap_or_default();
+        let (mut starts, mut before) = (1, log.len());
         let mut process = start();
         let address = wait_for("the aggregator to listen", || {
             if !process.is_running() {
                 // While it was down the system may have given its port to another test, for a while.
                 let output = process.output();
-                let is_taken =
-                    port != "0" && output.lines().rev().take(4).any(|line| line.contains("cannot listen on"));
-                assert!(is_taken, "the aggregator ended:\n{output}");
+                let is_taken = port != "0" && output[before..].contains("Address already in use");
+                assert!(is_taken && starts < STARTS_MAX, "the aggregator ended:\n{output}");
+                println!("port {port} is taken; starting the aggregator again");
+                thread::sleep(START_PAUSE);
+                (starts, before) = (starts + 1, output.len());
                 process = start();
             }
             fs::read_to_string(&announcement).ok().filter(|address| !address.is_empty())

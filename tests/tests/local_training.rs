@@ -136,7 +136,10 @@ fn check_random_kills(workplace: &Workplace, kills: u32, longest_share: f64) {
     for kill in 1..=kills {
         let mut process = workplace.start("killed", &[]);
         if kill == 1 {
-            wait_closely_for("the first checkpoint", || checkpoint.exists().then_some(()));
+            wait_closely_for("the first checkpoint", || {
+                assert!(checkpoint.exists() || process.is_running(), "{}", process.output());
+                checkpoint.exists().then_some(())
+            });
         } else {
             // The instant is the fault that is injected, not a wait for something. All such parts do not make
             // the whole, since each begins with the start of a process.
@@ -145,6 +148,7 @@ fn check_random_kills(workplace: &Workplace, kills: u32, longest_share: f64) {
         if !process.is_running() {
             // The machine was busier when it trained undisturbed.
             assert!(kill > kills / 2, "kill {kill} came too late to matter; make the training longer");
+            assert!(process.wait().success(), "{}", process.output());
             break;
         }
         process.kill();

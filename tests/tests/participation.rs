@@ -251,6 +251,7 @@ fn names(federation: &TestFederation, round: u32) -> Vec<String> {
 fn in_the_buffered_mode_daemons_are_killed_and_join_and_the_model_learns() {
     let mut federation = TestFederation::new(&["bank", "clinic", "lab", "ward"]);
     federation.start_aggregator();
+    // Rounds enough for the one that joins after the third to be among the first two in one of them.
     let spec = tiny_spec("pilot", 10, 3)
         .replace("local_steps = 8", "local_steps = 60")
         .replace("minimum_clients = 3", "minimum_clients = 3\nbuffer = 2\nstaleness_max = 4")
