@@ -42,8 +42,8 @@ struct Arguments {
     /// Experiments to do [default: all]
     #[arg(value_name = "EXPERIMENT", ignore_case = true)]
     experiments: Vec<Experiment>,
-    /// Three seeds (one in E7, which measures times), both starts in E2, E4 and E8, an average after every step in E3, all shares of
-    /// dropped deltas in E6, and all attacks in E8
+    /// Three seeds (one in E7, which measures times), both starts in E2, E4 and E8, an average after every step
+    /// in E3, all shares of dropped deltas in E6, and all attacks in E8
     #[arg(long)]
     full: bool,
     /// Optimizer steps of each run

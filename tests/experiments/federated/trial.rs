@@ -107,9 +107,10 @@ impl Trial {
         key.split('.').try_fold(&spec, |at, part| at.get(part)).cloned()
     }
 
-    /// As [`Trial::integer`], of a real number.
-    pub(super) fn number(&self, key: &str) -> f64 {
-        self.value(key).as_ref().and_then(toml::Value::as_float).unwrap_or_default()
+    /// A real number of the specification, which it must have.
+    pub(super) fn number(&self, key: &str) -> Result<f64> {
+        let value = self.value(key);
+        value.as_ref().and_then(toml::Value::as_float).with_context(|| format!("{key} is no real number"))
     }
 
     /// Optimizer steps of each site.
