@@ -55,13 +55,20 @@ impl Work {
     }
 }
 
+impl Work {
+    /// What experiments other than E1 start from: new weights, and in the long form a trained model, too.
+    pub(super) fn starts(&self) -> &'static [Start] {
+        if self.full { &Start::ALL } else { &Start::ALL[..1] }
+    }
+}
+
 /// E1: centralised training against 1, 2, 4 and 8 sites, from new weights and from a model that was trained
 /// centrally on the same text, as DiLoCo's authors begin (arXiv 2311.08105, section 3).
 pub(super) fn sites(work: &Work) -> Result<Vec<Finding>> {
     let mut table =
         Table::new(&["start", "training", "loss", "to centralised", "deviation", "MB up", "MB of gradients"]);
     let mut findings = Vec::new();
-    for start in [Start::NewWeights, Start::TrainedModel] {
+    for start in Start::ALL {
         compare(work, start, &mut table, &mut findings)?;
     }
     table.show("E1: as many tokens in as many steps, over so many sites.", &work.path("E1.csv"))?;
@@ -76,6 +83,8 @@ pub(super) enum Start {
 }
 
 impl Start {
+    const ALL: [Self; 2] = [Self::NewWeights, Self::TrainedModel];
+
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::NewWeights => "new weights",

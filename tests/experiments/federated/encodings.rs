@@ -19,8 +19,7 @@ const SITES: usize = 4;
 pub(super) fn run(work: &Work) -> Result<Vec<Finding>> {
     let mut table = Table::new(&["start", "encoding", "loss", "to fp32", "MB up", "times fewer"]);
     let mut findings = Vec::new();
-    let starts = [Start::NewWeights, Start::TrainedModel];
-    for start in if work.full { &starts[..] } else { &starts[..1] } {
+    for start in work.starts() {
         compare(work, *start, &mut table, &mut findings)?;
     }
     let title = "E2: encodings of deltas, 4 sites. What has no error feedback, or is dropped, a gateway makes of fp32.";

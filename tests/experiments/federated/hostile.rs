@@ -37,8 +37,7 @@ pub(super) fn run(work: &Work) -> Result<Vec<Finding>> {
     let mut table =
         Table::new(&["start", "one of 4 sites", "rule", "loss", "to 4 honest sites", "deviation"]);
     let mut findings = Vec::new();
-    let starts = [Start::NewWeights, Start::TrainedModel];
-    for start in if work.full { &starts[..] } else { &starts[..1] } {
+    for start in work.starts() {
         compare(work, *start, &mut table, &mut findings)?;
     }
     table.show("E8: one hostile site of 4.", &work.path("E8.csv"))?;

@@ -29,8 +29,7 @@ pub(super) fn run(work: &Work) -> Result<Vec<Finding>> {
         "to DiLoCo",
     ]);
     let mut findings = Vec::new();
-    let starts = [Start::NewWeights, Start::TrainedModel];
-    for start in if work.full { &starts[..] } else { &starts[..1] } {
+    for start in work.starts() {
         compare(work, *start, &mut table, &mut findings)?;
     }
     table.show("E4: Photon's recipe and DiLoCo's, 4 sites.", &work.path("E4.csv"))?;
